@@ -1,0 +1,17 @@
+"""One forward pass with probes attached."""
+
+from eyechart.probes.capture import capture
+from eyechart.probes.probe import Look, Observations, Probe, Record
+from eyechart.probes.sites import SITES, Site, has_site, hook_names
+
+__all__ = [
+    "SITES",
+    "Look",
+    "Observations",
+    "Probe",
+    "Record",
+    "Site",
+    "capture",
+    "has_site",
+    "hook_names",
+]

@@ -1,0 +1,131 @@
+"""What a probe is, and a ready-made one that records any site."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from eyechart.errors import CaptureError
+from eyechart.results.base import Provenance
+from eyechart.results.sequences import Sequences
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Look:
+    """One activation's place in the pass.
+
+    Attributes:
+        site: Name of the site.
+        layer: Block, None outside the blocks.
+        mask: True on real tokens, on the activation's device.
+        sinks: The layer's learned sink logits, where it has them and the site is "pattern".
+    """
+
+    site: str
+    layer: int | None
+    mask: Bool[Tensor, "batch position"]
+    sinks: Tensor | None = None
+
+
+class Observations:
+    """What a probe kept, over all layers and sequences."""
+
+    def __init__(self, kept: Mapping[tuple[str, str], Mapping[int | None, Tensor]]) -> None:
+        self._kept = kept
+
+    def layers(self, site: str, name: str) -> dict[int | None, Tensor]:
+        """One quantity of one site by layer; empty where nothing was kept."""
+        return dict(self._kept.get((site, name), {}))
+
+    def one(self, site: str, name: str) -> Tensor:
+        """A quantity that was kept at one place only."""
+        (value,) = self.layers(site, name).values()
+        return value
+
+    def stack(self, site: str, name: str, n_layers: int | None = None) -> Tensor:
+        """One quantity ``[batch layer ...]``; with ``n_layers``, blocks without it are NaN.
+
+        Raises:
+            CaptureError: layers disagree on its shape.
+        """
+        kept = self.layers(site, name)
+        shapes = {tuple(value.shape) for value in kept.values()}
+        if len(shapes) != 1:
+            raise CaptureError(
+                f"{name} at {site} has {len(shapes)} shapes over the layers ({shapes}); models "
+                "whose layers differ in size cannot be stacked."
+            )
+        some = next(iter(kept.values()))
+        order = sorted(kept, key=lambda layer: -1 if layer is None else layer)
+        places = order if n_layers is None else range(n_layers)
+        missing = torch.full_like(some, torch.nan) if some.is_floating_point() else some
+        return torch.stack([kept.get(place, missing) for place in places], dim=1)
+
+
+class Probe(ABC, Generic[R]):
+    """Looks at sites during one forward pass and turns what it kept into a result.
+
+    A probe reduces: :meth:`observe` gets an activation, returns what is worth keeping, and the
+    activation is gone when its layer is. It holds no state, so one pass can serve many probes and
+    a batch can be run in parts.
+    """
+
+    @abstractmethod
+    def sites(self, model: "TransformerBridge") -> Sequence[str]:
+        """Names of the sites to look at (``eyechart.probes.SITES``)."""
+
+    @abstractmethod
+    def observe(self, activation: Tensor, look: Look) -> Mapping[str, Tensor]:
+        """What to keep of an activation: tensors by name, batch first."""
+
+    @abstractmethod
+    def result(self, observations: Observations, sequences: Sequences, provenance: Provenance) -> R:
+        """The result, from everything kept."""
+
+
+class Record(Probe[dict[int | None, Tensor]]):
+    """Keeps a site as it is, or what a function makes of it.
+
+    Args:
+        site: Name of the site.
+        reduce: Applied to each activation; must keep the batch axis first. Without it everything
+            is kept, which for a pattern is n x n a head.
+        layers: Blocks to keep; all by default.
+
+    The result maps each layer (None outside the blocks) to its tensor, on the CPU.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        self.site, self.reduce = site, reduce
+        self.chosen = None if layers is None else frozenset(layers)
+
+    def sites(self, model: "TransformerBridge") -> Sequence[str]:
+        """The one site."""
+        return (self.site,)
+
+    def observe(self, activation: Tensor, look: Look) -> Mapping[str, Tensor]:
+        """The activation or its reduction, if the layer was chosen."""
+        if self.chosen is not None and look.layer not in self.chosen:
+            return {}
+        # A copy: a later in-place operation of the model must not reach into what was recorded.
+        return {"value": self.reduce(activation) if self.reduce else activation.clone()}
+
+    def result(
+        self, observations: Observations, sequences: Sequences, provenance: Provenance
+    ) -> dict[int | None, Tensor]:
+        """Layer to tensor."""
+        return observations.layers(self.site, "value")

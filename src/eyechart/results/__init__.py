@@ -1,0 +1,25 @@
+"""Results: frozen, saved whole or not at all, and free of any model."""
+
+from eyechart.results.attention import LEADERS, STATISTICS, AttentionPatterns, AttentionStatistics
+from eyechart.results.base import Provenance, Result, head_name, open_result
+from eyechart.results.collapse import CollapseCurve
+from eyechart.results.exam import Exam, FailedStep
+from eyechart.results.residual import MassiveActivation, ResidualNorms
+from eyechart.results.sequences import Sequences
+
+__all__ = [
+    "LEADERS",
+    "STATISTICS",
+    "AttentionPatterns",
+    "AttentionStatistics",
+    "CollapseCurve",
+    "Exam",
+    "FailedStep",
+    "MassiveActivation",
+    "Provenance",
+    "ResidualNorms",
+    "Result",
+    "Sequences",
+    "head_name",
+    "open_result",
+]

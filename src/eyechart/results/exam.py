@@ -1,0 +1,100 @@
+"""Everything one prompt allows, in one result."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from eyechart.results.attention import LEADERS, AttentionPatterns, AttentionStatistics
+from eyechart.results.base import Result, head_name
+from eyechart.results.collapse import CollapseCurve
+from eyechart.results.residual import ResidualNorms
+from eyechart.results.storage import storable
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+@storable
+@dataclass(frozen=True)
+class FailedStep:
+    """A step of an exam that did not work; the others are kept.
+
+    Attributes:
+        step: Its name.
+        message: What went wrong, and what to do.
+    """
+
+    step: str
+    message: str
+
+
+@storable
+@dataclass(frozen=True, eq=False, repr=False)
+class Exam(Result):
+    """The measurements of one exam; a step that failed is None here and named in ``failures``.
+
+    Attributes:
+        residual: Norms of the residual stream and massive activations.
+        attention: Statistics of every head.
+        patterns: Patterns of the most striking heads, at most 256 tokens.
+        collapse: Distance of n and n + 1 repeated tokens.
+        failures: The steps that failed.
+    """
+
+    residual: ResidualNorms | None
+    attention: AttentionStatistics | None
+    patterns: AttentionPatterns | None
+    collapse: CollapseCurve | None
+    failures: tuple[FailedStep, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of the printed summary, ready for JSON."""
+        said: dict[str, Any] = {
+            "model": self.provenance.model,
+            "tokens": list(self.sequences.lengths),
+            "failures": {failure.step: failure.message for failure in self.failures},
+        }
+        if self.attention is not None:
+            length = min(64, *self.sequences.lengths)
+            said["sink_rate"] = {
+                "value": self.attention.sink_rate(length=length),
+                "eps": 0.3,
+                "length": length,
+            }
+            for statistic, key, _ in LEADERS:
+                said[key] = [
+                    {"head": head_name(layer, head), "mass": mass}
+                    for layer, head, mass in self.attention.strongest(statistic, 3)
+                ]
+        if self.residual is not None:
+            massive = self.residual.massive()
+            said["massive_activations"] = {
+                "count": len(massive),
+                "largest": massive[0]._asdict() if massive else None,
+            }
+        if self.collapse is not None:
+            said["collapse"] = {
+                "lengths": list(self.collapse.lengths),
+                "relative": self.collapse.relative[-1].tolist(),
+                "onset": self.collapse.onset(),
+            }
+        return said
+
+    def to_frame(self) -> "pd.DataFrame":
+        """The table of heads, the part most often wanted."""
+        if self.attention is None:
+            raise ValueError("the attention step of this exam failed; see failures")
+        return self.attention.to_frame()
+
+    def plot(self) -> "go.Figure":
+        """The maps of heads."""
+        if self.attention is None:
+            raise ValueError("the attention step of this exam failed; see failures")
+        return self.attention.plot()
+
+    def lines(self) -> tuple[str, ...]:
+        """The lines of every part, and of every failure."""
+        parts = (self.attention, self.residual, self.collapse)
+        said = [line for part in parts if part is not None for line in part.lines()]
+        said += [f"{failure.step} failed: {failure.message}" for failure in self.failures]
+        return tuple(said)

@@ -1,0 +1,180 @@
+"""Figures. One colour scale per quantity, the same in notebook, report and docs.
+
+All scales are perceptually uniform. Backgrounds are transparent and text is a grey that reads on
+white and on black, so that a figure is legible wherever it is shown.
+"""
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+MASS, ENTROPY, NORM, DEPTH = "Viridis", "Cividis", "Magma", "Plasma"
+GREY = "#7d8590"
+_TITLES = {
+    "first": ("mass on the first token", MASS),
+    "diagonal": ("mass on itself", MASS),
+    "previous": ("mass on the previous token", MASS),
+    "entropy": ("entropy, nats", ENTROPY),
+}
+
+
+def visible(token: str) -> str:
+    """A token as a person can read it: white space shown, control characters escaped."""
+    shown = token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def head_maps(maps: Mapping[str, Tensor]) -> "go.Figure":
+    """One layer-by-head heatmap a statistic, side by side; masses share the range 0 to 1."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(
+        cols=len(maps),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        subplot_titles=[_TITLES[name][0] for name in maps],
+    )
+    layers = max(scores.shape[0] for scores in maps.values())
+    for column, (name, scores) in enumerate(maps.items(), start=1):
+        scale = _TITLES[name][1]
+        mass = scale == MASS
+        last_of_scale = not mass or not any(
+            _TITLES[later][1] == MASS for later in list(maps)[column:]
+        )
+        figure.add_trace(
+            go.Heatmap(
+                z=_rows(scores),
+                zmin=0 if mass else None,
+                zmax=1 if mass else None,
+                colorscale=scale,
+                showscale=last_of_scale,
+                colorbar={
+                    "title": "mass" if mass else "nats",
+                    "thickness": 12,
+                    "x": 1.01 + 0.07 * (not mass),
+                },
+                hovertemplate="L%{y}H%{x}: %{z:.3f}<extra>" + _TITLES[name][0] + "</extra>",
+            ),
+            row=1,
+            col=column,
+        )
+        figure.update_xaxes(title_text="head", dtick=_step(scores.shape[1]), row=1, col=column)
+    figure.update_yaxes(title_text="layer", row=1, col=1)
+    figure.update_yaxes(dtick=_step(layers), constrain="domain")
+    return _dress(figure, height=160 + 13 * max(layers, 12))
+
+
+def patterns(pattern: Tensor, names: Sequence[str], labels: Sequence[str]) -> "go.Figure":
+    """Attention matrices of a few heads, query down, key across."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(cols=len(names), shared_yaxes=True, subplot_titles=list(names))
+    ticks = _categories(labels)
+    for column, matrix in enumerate(pattern, start=1):
+        figure.add_trace(
+            go.Heatmap(
+                z=_rows(matrix[: len(ticks), : len(ticks)]),
+                x=ticks,
+                y=ticks,
+                zmin=0,
+                zmax=1,
+                colorscale=MASS,
+                showscale=column == len(names),
+                hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>",
+            ),
+            row=1,
+            col=column,
+        )
+    figure.update_yaxes(autorange="reversed")
+    return _dress(figure, height=420)
+
+
+def residual_map(norm: Tensor, labels: Sequence[str]) -> "go.Figure":
+    """Length of the residual stream, layer by position; colour is its base-10 logarithm."""
+    import plotly.graph_objects as go
+
+    norm = norm[:, : len(labels)]
+    figure = go.Figure(
+        go.Heatmap(
+            z=_rows(norm.log10()),
+            customdata=_rows(norm),
+            x=_categories(labels),
+            colorscale=NORM,
+            colorbar={"title": "log10 norm", "thickness": 12},
+            hovertemplate="layer %{y}, token %{x}: %{customdata:.4g}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title_text="position and token")
+    figure.update_yaxes(title_text="layer (0: embedding)", dtick=_step(norm.shape[0]))
+    return _dress(figure, height=160 + 11 * max(norm.shape[0], 14))
+
+
+def collapse_curves(
+    relative: Tensor, lengths: Sequence[int], layer_labels: Sequence[str]
+) -> "go.Figure":
+    """Distance by length, log-log: a thin line a layer, coloured by depth, the last one bold."""
+    import plotly.graph_objects as go
+    from plotly.colors import sample_colorscale
+
+    figure = go.Figure()
+    count = len(layer_labels)
+    colours = sample_colorscale(DEPTH, [0.9 * i / max(count - 1, 1) for i in range(count)])
+    for index, label in enumerate(layer_labels):
+        last = index == count - 1
+        values = relative[index].double()
+        figure.add_trace(
+            go.Scatter(
+                x=list(lengths),
+                # Exactly zero has no place on a logarithmic axis: leave a gap.
+                y=[value if value > 0 else None for value in values.tolist()],
+                name=label,
+                mode="lines+markers" if last else "lines",
+                line={"color": GREY if last else colours[index], "width": 4 if last else 1.2},
+                hovertemplate=f"{label}, n=%{{x}}: %{{y:.3g}}<extra></extra>",
+            )
+        )
+    figure.update_xaxes(title_text="n, repetitions", type="log")
+    figure.update_yaxes(
+        title_text="relative L1 distance, n to n+1", type="log", exponentformat="power"
+    )
+    return _dress(figure, height=460)
+
+
+def _dress(figure: "go.Figure", height: int) -> "go.Figure":
+    figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 60, "r": 20, "t": 40, "b": 60},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": GREY, "size": 12},
+        hoverlabel={"font_size": 13},
+        legend={"font": {"size": 10}},
+    )
+    figure.update_xaxes(gridcolor="rgba(125,133,144,0.25)", zeroline=False, automargin=True)
+    figure.update_yaxes(gridcolor="rgba(125,133,144,0.25)", zeroline=False, automargin=True)
+    return figure
+
+
+def _rows(matrix: Tensor) -> list[list[float | None]]:
+    """Lists with None for NaN, which is how Plotly says 'no value'; four digits are plenty."""
+    return [
+        [None if value != value else float(f"{value:.4g}") for value in row]
+        for row in matrix.tolist()
+    ]
+
+
+def _categories(labels: Sequence[str]) -> list[str]:
+    # Plotly reads a little HTML in labels; tokens must stay text.
+    return [f"{index} {html.escape(visible(label))}" for index, label in enumerate(labels)]
+
+
+def _step(count: int) -> int:
+    return max(1, count // 10)
