@@ -142,10 +142,11 @@ def report(
         typer.echo(_written(write_report, Exam.open(result), target))
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         typer.echo(f"eyechart {eyechart.__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()
@@ -189,15 +190,16 @@ def _keep(result: "Exam", out: Path) -> Path:
     """Save data and report; if the folder fails after all, save elsewhere rather than lose them."""
     from eyechart.report import write_report
 
-    for folder in (out, Path(tempfile.mkdtemp(prefix="eyechart-"))):
-        try:
-            result.save(folder)
-            write_report(result, folder / "report.html")
-        except OSError as problem:
-            _say(f"could not save to {str(folder)!r}: {problem}")
-        else:
-            return folder
-    raise EyechartError("the exam is done, but neither its folder nor a temporary one took it")
+    folder = out
+    try:
+        result.save(folder)
+        write_report(result, folder / "report.html")
+    except OSError as problem:
+        folder = Path(tempfile.mkdtemp(prefix="eyechart-"))
+        _say(f"could not save to {str(out)!r} ({problem}); saving to {str(folder)!r} instead")
+        result.save(folder)
+        write_report(result, folder / "report.html")
+    return folder
 
 
 def _written(write: Any, result: "Exam", target: Path) -> Path:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eyechart.errors import InputError, UsageError
+from eyechart.models import check_structure
 from eyechart.probes import Look, Observations, Probe, capture, has_site
 from eyechart.results import CollapseCurve, Provenance, Sequences
 from eyechart.sequences import repeated
@@ -61,6 +62,7 @@ def collapse_curve(
         raise UsageError(f"unknown family {family!r}; choose 'repeat'")
     if lengths is not None and (not lengths or min(lengths) < 1):
         raise UsageError(f"lengths must be positive, got {list(lengths)}")
+    check_structure(model)
     before = repeated(model, token, 1, prompt=prompt, prepend_bos=prepend_bos).lengths[0] - 1
     limit = model.cfg.n_ctx or max(lengths or DEFAULT_LENGTHS) + 1 + before
     room = limit - before - 1

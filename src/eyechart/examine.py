@@ -10,7 +10,7 @@ from eyechart import sequences as sequencing
 from eyechart.attention import AttentionProbe, PatternProbe
 from eyechart.collapse import collapse_curve
 from eyechart.errors import EyechartError
-from eyechart.models.facts import facts_of
+from eyechart.models import facts_of
 from eyechart.probes import Probe, capture
 from eyechart.residual import ResidualProbe
 from eyechart.results import (
@@ -69,6 +69,8 @@ def exam(
     """
     if out is not None:
         ensure_writable(out)
+    # What cannot be examined is refused here, whole, rather than step by step.
+    facts = facts_of(model)
     prepared = (
         sequencing.prepare(
             model, sequencing.BUILT_IN_PROMPT, prepend_bos=prepend_bos, name="built-in prompt"
@@ -76,7 +78,6 @@ def exam(
         if inputs is None
         else sequencing.prepare(model, inputs, prepend_bos=prepend_bos)
     )
-    facts_of(model)  # what cannot be examined is refused here, whole, rather than step by step
     failures: list[FailedStep] = []
 
     def attempt(step: str, run: Callable[[], T]) -> T | None:
@@ -90,7 +91,7 @@ def exam(
     def look(*probes: Probe[Any]) -> tuple[Any, ...]:
         return capture(model, prepared, probes, batch_size=batch_size, seed=seed)
 
-    heads, stream = AttentionProbe(int(model.cfg.n_layers)), ResidualProbe()
+    heads, stream = AttentionProbe(facts.n_layers), ResidualProbe()
     both = attempt("heads and residual stream", lambda: look(heads, stream))
     if both is None:
         # One of the two may be what fails (patterns need far more memory): keep the other.

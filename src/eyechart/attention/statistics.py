@@ -6,6 +6,7 @@ import torch
 
 from eyechart.attention.pattern import AttentionProbe
 from eyechart.errors import UsageError
+from eyechart.models import facts_of
 from eyechart.probes import capture
 from eyechart.results import AttentionStatistics
 from eyechart.sequences import Inputs
@@ -46,6 +47,6 @@ def attention_statistics(
         raise UsageError(f"unknown backend {backend!r}; choose auto or pattern")
     if accumulate not in ("float32", "float64"):
         raise UsageError(f"accumulate must be 'float32' or 'float64', got {accumulate!r}")
-    probe = AttentionProbe(int(model.cfg.n_layers), getattr(torch, accumulate))
+    probe = AttentionProbe(facts_of(model).n_layers, getattr(torch, accumulate))
     (result,) = capture(model, inputs, [probe], prepend_bos=prepend_bos, batch_size=batch_size)
     return result

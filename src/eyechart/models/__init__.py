@@ -1,7 +1,16 @@
 """Opening models: hub name, local folder, GGUF file, or a catalogue that needs no hub."""
 
 from eyechart.models.catalogue import CATALOGUE, DEFAULT_MODEL, Entry, listing
-from eyechart.models.facts import ModelFacts, facts_of
+from eyechart.models.facts import ModelFacts, check_structure, facts_of
 from eyechart.models.load import load
 
-__all__ = ["CATALOGUE", "DEFAULT_MODEL", "Entry", "ModelFacts", "facts_of", "listing", "load"]
+__all__ = [
+    "CATALOGUE",
+    "DEFAULT_MODEL",
+    "Entry",
+    "ModelFacts",
+    "check_structure",
+    "facts_of",
+    "listing",
+    "load",
+]

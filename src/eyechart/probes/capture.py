@@ -22,7 +22,7 @@ from eyechart.errors import CaptureError, InputError, NonFiniteError, UsageError
 from eyechart.models.facts import facts_of
 from eyechart.probes.probe import Look, Observations, Probe
 from eyechart.probes.provenance import Meter, provenance_of
-from eyechart.probes.sites import SITES, exact_pattern, hook_names
+from eyechart.probes.sites import exact_pattern, hook_names
 from eyechart.results.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -157,10 +157,9 @@ class _Pass:
             torch.bfloat16,
         ):
             sites.add("scores")
-        for site in SITES:
-            if site in sites:
-                for layer, name in hook_names(self.model, site).items():
-                    self.places[site, layer] = name
+        for site in sites:
+            for layer, name in hook_names(self.model, site).items():
+                self.places[site, layer] = name
 
     def forward(self) -> None:
         hooks = [(name, partial(self._see, place)) for place, name in self.places.items()]
@@ -203,8 +202,8 @@ class _Pass:
 
     def _refuse_non_finite(self, activation: Tensor, layer: int | None) -> None:
         # Padding may hold anything; only what real tokens carry counts.
-        rows = activation.float() * self.mask.to(activation.device)[..., None]
-        if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
+        padding = ~self.mask.to(activation.device)[..., None]
+        if not activation.masked_fill(padding, 0).isfinite().all():
             raise NonFiniteError(
                 f"the residual stream of {self.model.cfg.model_name} holds NaN or infinity after "
                 f"layer {layer}. In float16 this is usually overflow: load the model in float32 or "

@@ -162,7 +162,7 @@ class AttentionPatterns(Result):
         """One row a (sequence, head, query, key) with key <= query."""
         import pandas as pd
 
-        batch, head, query, key = (self.pattern.tril() != 0).nonzero(as_tuple=True)
+        batch, head, query, key = (self.pattern.nan_to_num().tril() != 0).nonzero(as_tuple=True)
         chosen = torch.tensor(self.heads)
         return pd.DataFrame(
             {

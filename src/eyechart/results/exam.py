@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from eyechart.errors import ResultError
 from eyechart.results.attention import LEADERS, AttentionPatterns, AttentionStatistics
 from eyechart.results.base import Result, head_name
 from eyechart.results.collapse import CollapseCurve
@@ -83,13 +84,13 @@ class Exam(Result):
     def to_frame(self) -> "pd.DataFrame":
         """The table of heads, the part most often wanted."""
         if self.attention is None:
-            raise ValueError("the attention step of this exam failed; see failures")
+            raise ResultError("the heads of this exam were not measured; see failures")
         return self.attention.to_frame()
 
     def plot(self) -> "go.Figure":
         """The maps of heads."""
         if self.attention is None:
-            raise ValueError("the attention step of this exam failed; see failures")
+            raise ResultError("the heads of this exam were not measured; see failures")
         return self.attention.plot()
 
     def lines(self) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def residual_map(norm: Tensor, labels: Sequence[str]) -> "go.Figure":
             hovertemplate="layer %{y}, token %{x}: %{customdata:.4g}<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="position and token")
+    figure.update_xaxes(title={"text": "position and token", "standoff": 12}, type="category")
     figure.update_yaxes(title_text="layer (0: embedding)", dtick=_step(norm.shape[0]))
     return _dress(figure, height=160 + 11 * max(norm.shape[0], 14))
 
@@ -125,8 +125,9 @@ def collapse_curves(
 
     figure = go.Figure()
     count = len(layer_labels)
-    colours = sample_colorscale(DEPTH, [0.9 * i / max(count - 1, 1) for i in range(count)])
-    for index, label in enumerate(layer_labels):
+    # Only the middle of the scale: its ends vanish on a dark and on a white page.
+    colours = sample_colorscale(DEPTH, [0.3 + 0.55 * i / max(count - 1, 1) for i in range(count)])
+    for index, label in enumerate(map(_plain, layer_labels)):
         last = index == count - 1
         values = relative[index].double()
         figure.add_trace(
@@ -140,9 +141,11 @@ def collapse_curves(
                 hovertemplate=f"{label}, n=%{{x}}: %{{y:.3g}}<extra></extra>",
             )
         )
-    figure.update_xaxes(title_text="n, repetitions", type="log")
+    # The measured lengths are the natural ticks, as long as they fit.
+    ticks = list(lengths) if len(lengths) <= 12 else None
+    figure.update_xaxes(title_text="n, repetitions", type="log", tickvals=ticks)
     figure.update_yaxes(
-        title_text="relative L1 distance, n to n+1", type="log", exponentformat="power"
+        title_text="relative L1 distance, n to n+1", type="log", exponentformat="power", dtick=1
     )
     return _dress(figure, height=460)
 
@@ -172,8 +175,12 @@ def _rows(matrix: Tensor) -> list[list[float | None]]:
 
 
 def _categories(labels: Sequence[str]) -> list[str]:
-    # Plotly reads a little HTML in labels; tokens must stay text.
-    return [f"{index} {html.escape(visible(label))}" for index, label in enumerate(labels)]
+    return [f"{index} {_plain(visible(label))}" for index, label in enumerate(labels)]
+
+
+def _plain(text: str) -> str:
+    # Plotly reads a little HTML in labels, and shows entities for quotation marks as they are.
+    return html.escape(text, quote=False)
 
 
 def _step(count: int) -> int:

@@ -71,6 +71,8 @@ class Sequences:
 
     def first_tokens(self, count: int) -> "Sequences":
         """The first ``count`` positions of every row."""
+        if count >= self.tokens.shape[1]:
+            return self
         return Sequences(
             self.tokens[:, :count],
             self.mask[:, :count],

@@ -1,0 +1,62 @@
+"""Shared models, and shape checking of every annotated function while tests run."""
+
+from jaxtyping import install_import_hook
+
+# Before the first import of eyechart.
+install_import_hook("eyechart", "typechecking.checked")
+
+import os  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from handmade import write_handmade  # noqa: E402
+
+import eyechart  # noqa: E402
+from eyechart.models import CATALOGUE, DEFAULT_MODEL  # noqa: E402
+
+TINY = sorted(name for name in CATALOGUE if name.startswith("tiny-random-"))
+
+# The tests never ask a hub; without this a machine with a network would.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Any:
+    """The real model every claim is checked on."""
+    return eyechart.load(DEFAULT_MODEL, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def llama() -> Any:
+    """A tiny random model with grouped queries and rotary positions."""
+    return eyechart.load("tiny-random-llama", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Any:
+    """A tiny random model with learned positions and a joint projection."""
+    return eyechart.load("tiny-random-gpt2", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def handmade(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The model whose four heads are known by construction."""
+    folder = tmp_path_factory.mktemp("handmade")
+    write_handmade(folder)
+    return eyechart.load(str(folder), device="cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder of its own."""
+    monkeypatch.setenv("EYECHART_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)

@@ -1,0 +1,225 @@
+"""The command line: what a user sees, and the exit status a script sees."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import eyechart
+from eyechart.attention import AttentionProbe
+from eyechart.cli import app
+from eyechart.models import CATALOGUE, DEFAULT_MODEL
+from eyechart.results import Exam
+
+TINY = "tiny-random-llama"
+HOSTILE = "</script><img src=x onerror=alert(1)>[red]markup[/red]"
+
+
+def run(*arguments, stdin=None):
+    """Invoke in this process; an exception that is no deliberate exit fails the test."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "exam"
+
+
+def test_exam_prints_saves_and_reports(out):
+    done = run("exam", TINY, "--prompt", "Some text to look at.", "--out", out, "--device", "cpu")
+    assert done.exit_code == 0, done.stderr
+    for words in (
+        "sink rate",
+        "strongest sinks",
+        "diagonal heads",
+        "previous-token heads",
+        "collapse",
+    ):
+        assert words in done.stdout
+    assert re.search(r"L\dH\d 0\.\d{3}", done.stdout)
+    assert len(done.stdout.splitlines()) < 25  # one screen
+    assert done.stderr == ""  # no progress where there is no terminal
+    found = eyechart.open_result(out)
+    assert isinstance(found, Exam) and not found.failures
+    assert "".join(found.sequences.labels[0][1:]) == "Some text to look at."
+    assert (out / "report.html").stat().st_size < 10_000_000
+
+
+def test_prompts_come_from_standard_input_or_a_file(out, tmp_path):
+    (tmp_path / "text.txt").write_text("From a file: é", encoding="utf-8")
+    for arguments, stdin, text in (
+        (["-"], "From a pipe", "From a pipe"),
+        (["--prompt-file", "-"], "Also from a pipe", "Also from a pipe"),
+        (["--prompt-file", tmp_path / "text.txt"], None, "From a file: "),
+    ):
+        done = run("exam", TINY, *arguments, "--out", out, "--no-bos", stdin=stdin)
+        assert done.exit_code == 0, done.stderr
+        labels = eyechart.open_result(out).sequences.labels[0]
+        assert "".join(labels).startswith(text)
+
+
+def test_json_is_the_summary(out):
+    done = run("exam", TINY, "--prompt", "abc", "--out", out, "--json", "--seed", 7)
+    said = json.loads(done.stdout)
+    assert said["model"] == TINY and said["tokens"] == [4] and said["failures"] == {}
+    assert len(said["sinks"]) == 3 and said["folder"] == str(out)
+    assert eyechart.open_result(out).provenance.seed == 7
+
+
+def test_report_is_made_again_from_the_data_alone(out, tmp_path, monkeypatch):
+    assert run("exam", TINY, "--prompt", "abc", "--out", out).exit_code == 0
+    first = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    monkeypatch.setattr("eyechart.models.load", lambda *_, **__: pytest.fail("opened a model"))
+    assert run("report", out).exit_code == 0
+    assert (out / "report.html").read_bytes() == first
+    assert run("report", out, "--out", tmp_path / "other.html").exit_code == 0
+    assert (tmp_path / "other.html").read_bytes() == first
+
+
+def test_report_of_something_else(out, llama, tmp_path):
+    eyechart.residual_norms(llama, "abc").save(out)
+    done = run("report", out)
+    assert done.exit_code == 1 and "holds a ResidualNorms, not a Exam" in done.stderr
+    done = run("report", tmp_path / "absent")
+    assert done.exit_code == 1 and "no saved result" in done.stderr
+
+
+def test_models_lists_the_catalogue():
+    done = run("models")
+    assert done.exit_code == 0 and DEFAULT_MODEL in done.stdout and TINY in done.stdout
+    said = json.loads(run("models", "--json").stdout)
+    assert {row["name"] for row in said["catalogue"]} == set(CATALOGUE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["exam", TINY, "--prompt", ""], 1, "the prompt is empty"),
+        (["exam", TINY, "--prompt", "x" * 600], 1, "sees at most 512"),
+        (["exam", "smollm2-135m-instrct"], 2, "Did you mean smollm2-135m-instruct"),
+        (["exam", "somebody/some-model"], 1, "hub cannot be reached"),
+        (["exam", TINY, "--device", "cuda:99"], 2, "CUDA devices here"),
+        (["exam", TINY, "--dtype", "int3"], 2, "unknown dtype 'int3'"),
+        (["exam", TINY, "--prompt", "a", "-"], 2, "give the prompt once"),
+        (["exam", TINY, "text"], 2, "unexpected argument 'text'"),
+        (["exam", TINY, "--prompt-file", "absent.txt"], 2, "cannot read 'absent.txt'"),
+        (["exam", TINY, "--wrong"], 2, "No such option"),
+        (["look"], 2, "No such command"),
+    ],
+)
+def test_wrong_calls_end_with_a_message_and_a_status(arguments, status, message, out):
+    if arguments[0] == "exam":
+        arguments = [*arguments, "--out", out]
+    done = run(*arguments, stdin="piped")
+    assert done.exit_code == status, done.output
+    assert message in re.sub(r"\s+", " ", done.stderr.replace("│", ""))
+    assert "Traceback" not in done.output and done.stdout == ""
+
+
+def test_an_unwritable_output_is_noticed_before_the_model_is_opened(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("eyechart.models.load", lambda *_, **__: pytest.fail("opened a model"))
+    done = run("exam", TINY, "--prompt", "abc", "--out", tmp_path / "file" / "inside")
+    assert done.exit_code == 2 and "cannot write to" in done.stderr
+
+
+def test_a_folder_that_fails_at_the_end_loses_nothing(out, monkeypatch):
+    save = Exam.save
+
+    def full(self, path):
+        if Path(path) == out:
+            raise OSError("No space left on device")
+        return save(self, path)
+
+    monkeypatch.setattr(Exam, "save", full)
+    done = run("exam", TINY, "--prompt", "abc", "--out", out)
+    assert done.exit_code == 1 and "No space left on device" in done.stderr
+    elsewhere = re.search(r"written to\s+(\S+)report\.html", done.stdout)
+    assert elsewhere is not None
+    assert isinstance(eyechart.open_result(elsewhere[1]), Exam)
+
+
+def test_a_failed_step_is_told_and_the_rest_is_kept(out, monkeypatch):
+    def fail(*_, **__):
+        raise eyechart.EyechartError("this step failed on purpose")
+
+    monkeypatch.setattr("eyechart.examine.collapse_curve", fail)
+    done = run("exam", TINY, "--prompt", "abc", "--out", out)
+    assert done.exit_code == 1
+    assert "collapse: this step failed on purpose" in done.stdout
+    found = eyechart.open_result(out)
+    assert found.collapse is None and found.attention is not None
+    assert "this step failed on purpose" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_when_heads_fail_the_stream_is_kept(llama):
+    def no_memory(pattern, hook):
+        raise RuntimeError("not enough memory for n x n")
+
+    with (
+        llama.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", no_memory)]),
+        pytest.raises(eyechart.EyechartError, match="every step of the exam failed"),
+    ):
+        eyechart.exam(llama, "abc")
+
+    def unable(self, activation, look):
+        raise RuntimeError("not enough memory for n x n")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttentionProbe, "observe", unable)
+        found = eyechart.exam(llama, "abc")
+    assert found.attention is None and found.residual is not None and found.collapse is not None
+    assert [failure.step for failure in found.failures] == ["heads"]
+
+
+def test_hostile_prompts_are_printed_as_text(out):
+    done = run("exam", TINY, "--prompt", HOSTILE, "--out", out)
+    assert done.exit_code == 0
+    assert eyechart.open_result(out).sequences.labels[0][1] == "<"
+
+
+def test_nan_weights_are_told_without_a_traceback(tmp_path, out):
+    from safetensors.torch import load_file, save_file
+
+    source = CATALOGUE[TINY].folder()
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    done = run("exam", tmp_path, "--prompt", "abc", "--out", out)
+    assert done.exit_code == 1 and "model.layers.0.self_attn.q_proj.weight" in done.stderr
+
+
+def test_the_program_itself(tmp_path):
+    """As a user's shell runs it: a process of its own, the default model, the built-in prompt."""
+    done = subprocess.run(
+        [sys.executable, "-m", "eyechart", "exam", "--out", "here", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "100"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "L11H6" in done.stdout and "built-in prompt, 185 tokens" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert sorted(p.suffix for p in (tmp_path / "here").iterdir()) == [
+        ".html",
+        ".json",
+        ".safetensors",
+    ]
+    version = subprocess.run(
+        [sys.executable, "-m", "eyechart", "--version"], capture_output=True, text=True, check=True
+    )
+    assert version.stdout.strip() == f"eyechart {eyechart.__version__}"

@@ -1,0 +1,547 @@
+"""The report, looked at in a real browser: it draws, it is safe, it can be used without a mouse."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from playwright.sync_api import Browser, Page, sync_playwright
+
+import eyechart
+from eyechart.report import render, write_report
+from eyechart.report.security import json_text, script_text
+from eyechart.results import (
+    AttentionPatterns,
+    Exam,
+    FailedStep,
+    ResidualNorms,
+    Sequences,
+    open_result,
+)
+
+TEXT = "The lamp burned low and the keeper of the lamp slept."
+HOSTILE = (
+    "</script><img src=x onerror=window.__pwned=1>",
+    '<a href="javascript:window.__pwned=2">link</a>',
+    "<b>bold</b>",
+    "<!--<script>window.__pwned=3</script>",
+    "'\"><svg onload=window.__pwned=4>",
+    "&lt;i&gt;\u2028{{ 7 * 7 }}%{x}",
+)
+BIG = 10_000_000
+FIGURES = ("attention", "residual", "collapse")
+
+WATCH = """
+window.__violations = [];
+document.addEventListener("securitypolicyviolation", (event) => {
+  window.__violations.push(event.violatedDirective);
+});
+window.__drawn = new Set();
+const fillText = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+  window.__drawn.add(text);
+  return fillText.call(this, text, ...rest);
+};
+"""
+
+# Read from a copy: reading the page's own canvas makes Chromium warn about it.
+WATCH += """
+window.__pixels = (source, x = 0, y = 0, width = source.width, height = source.height) => {
+  const copy = new OffscreenCanvas(source.width, source.height);
+  const context = copy.getContext("2d", { willReadFrequently: true });
+  context.drawImage(source, 0, 0);
+  return context.getImageData(x, y, width, height).data;
+};
+"""
+
+COLOURS = """(source) => {
+  const pixels = window.__pixels(source);
+  const found = new Set();
+  for (let i = 0; i < pixels.length; i += 4) {
+    if (pixels[i + 3]) found.add(pixels.slice(i, i + 3).join());
+  }
+  return found.size;
+}"""
+
+LEAST_CONTRAST = """() => {
+  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (rgb) => {
+    const [r, g, b] = rgb.slice(0, 3).map((c) => {
+      const v = c / 255;
+      return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const c = channels(getComputedStyle(e).backgroundColor);
+      if (c.length === 3 || c[3] > 0) return c;
+    }
+    return [255, 255, 255];
+  };
+  let least = { ratio: 99 };
+  const shown = (e) => e.checkVisibility() && !e.closest("svg") && !e.closest(".js-plotly-plot");
+  for (const e of document.querySelectorAll("body *")) {
+    const text = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+    if (!text || !shown(e) || e.matches("script, style, noscript")) continue;
+    const [a, b] = [light(channels(getComputedStyle(e).color)), light(behind(e))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < least.ratio) least = { ratio, text: e.textContent.slice(0, 60), tag: e.tagName };
+  }
+  return least;
+}"""
+
+
+@pytest.fixture(scope="module")
+def exam(llama: Any) -> Exam:
+    return eyechart.exam(llama, TEXT, lengths=(1, 2, 5))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI must have a Chromium: the report is only tested in a real browser")
+        pytest.skip("no Chromium on this machine")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=found,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ],
+        )
+        yield chromium
+        chromium.close()
+
+
+@dataclasses.dataclass
+class Opened:
+    """A report in the browser, and everything it did that it should not."""
+
+    page: Page
+    path: Path
+    complaints: list[str]
+    requests: list[str]
+
+    def is_clean(self) -> None:
+        assert self.complaints == []
+        assert self.page.evaluate("window.__violations") == []
+        assert self.requests == [self.path.as_uri()]
+        assert self.page.evaluate("window.__pwned ?? null") is None
+
+
+OpenReport = Callable[..., Opened]
+
+
+@pytest.fixture
+def open_report(browser: Browser, tmp_path: Path) -> Iterator[OpenReport]:
+    contexts = []
+
+    def opened(exam: Exam, **options: Any) -> Opened:
+        path = write_report(exam, tmp_path / "report.html")
+        context = browser.new_context(
+            **{"offline": True, "viewport": {"width": 1280, "height": 900}, **options}
+        )
+        contexts.append(context)
+        context.add_init_script(WATCH)
+        page = context.new_page()
+        report = Opened(page, path, [], [])
+        page.on(
+            "console",
+            lambda message: (
+                report.complaints.append(message.text)
+                if message.type in ("error", "warning")
+                else None
+            ),
+        )
+        page.on("pageerror", lambda problem: report.complaints.append(str(problem)))
+        page.on("request", lambda request: report.requests.append(request.url))
+        page.goto(path.as_uri())
+        return report
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def relabelled(exam: Exam, tokens: tuple[str, ...]) -> Exam:
+    """The exam with the first tokens of its text called something else, in every part."""
+
+    def rename(part: Any) -> Any:
+        if part is None:
+            return None
+        labels = part.sequences.labels[0]
+        renamed = (*tokens, *labels[len(tokens) :])
+        assert len(renamed) == len(labels)
+        sequences = dataclasses.replace(part.sequences, labels=(renamed,))
+        return dataclasses.replace(part, sequences=sequences)
+
+    parts = {name: rename(getattr(exam, name)) for name in ("residual", "attention", "patterns")}
+    return dataclasses.replace(rename(exam), **parts)
+
+
+def long_exam(exam: Exam, tokens: int, heads: int, measured: int) -> Exam:
+    """An exam whose patterns have many tokens: head 0 looks at the first token, others anywhere."""
+    torch.manual_seed(0)
+    sequences = Sequences.from_rows(
+        [list(range(measured))], [[f"·word{i}" for i in range(measured)]], name="words"
+    )
+    pattern = torch.rand(1, heads, tokens, tokens).tril()
+    pattern /= pattern.sum(-1, keepdim=True)
+    pattern[:, 0] = 0
+    pattern[:, 0, :, 0] = 1
+    patterns = AttentionPatterns(
+        sequences=sequences.first_tokens(tokens),
+        provenance=exam.provenance,
+        heads=tuple((0, head) for head in range(heads)),
+        reasons=("a reason",) * heads,
+        pattern=pattern,
+    )
+    # The other statistics are of other tokens, and have no place in this exam.
+    return dataclasses.replace(exam, sequences=sequences, patterns=patterns, attention=None)
+
+
+def test_opens_from_disk_and_draws_every_figure(exam: Exam, open_report: OpenReport) -> None:
+    assert exam.attention is not None and exam.collapse is not None
+    first = exam.attention.first
+    cells = first.shape[1] * first.shape[2]
+    ramp = torch.linspace(0, 1, cells).reshape(1, *first.shape[1:3], 1).expand_as(first)
+    known = dataclasses.replace(exam.attention, first=ramp, diagonal=torch.zeros_like(first))
+    report = open_report(dataclasses.replace(exam, attention=known))
+    page = report.page
+    images = page.locator("#figure-attention .heatmaplayer image").all()
+    assert len(images) == 4
+    # Every head its own colour in the first map, one and the same in the second.
+    for image, wanted in ((images[0], cells), (images[1], 1)):
+        colours = image.evaluate(
+            f"""async (image) => {{
+              const bitmap = new Image();
+              bitmap.src = image.getAttribute("href") ?? image.getAttribute("xlink:href");
+              await bitmap.decode();
+              return ({COLOURS})(bitmap);
+            }}"""
+        )
+        assert colours == wanted
+    assert page.locator("#figure-residual .heatmaplayer image").count() == 1
+    lines = page.locator("#figure-collapse .scatterlayer .js-line")
+    # Zero throughout, as the embedding is with rotary positions, has no place on these axes.
+    assert lines.count() == int((exam.collapse.relative > 0).any(dim=1).sum()) > 0
+    report.is_clean()
+
+
+def test_the_policy_is_strict_and_in_force(exam: Exam, open_report: OpenReport) -> None:
+    report = open_report(exam)
+    policy = report.page.get_attribute('meta[http-equiv="Content-Security-Policy"]', "content")
+    assert policy is not None
+    rules = dict(rule.split(maxsplit=1) for rule in policy.split("; "))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    assert all(re.fullmatch(r"'sha256-[\w+/]{43}='", s) for s in rules["script-src"].split())
+    report.is_clean()
+    # The counter-proof, which also shows that the tests would see a violation.
+    report.page.evaluate(
+        """() => {
+          document.body.append(Object.assign(document.createElement("script"),
+            { textContent: "window.__pwned = 5" }));
+          document.body.insertAdjacentHTML("beforeend", "<img src=x onerror=window.__pwned=6>");
+          fetch("https://example.org/").catch(() => 0);
+        }"""
+    )
+    report.page.wait_for_function("window.__violations.length >= 3")
+    assert report.page.evaluate("window.__pwned ?? null") is None
+
+
+def test_hostile_tokens_are_shown_and_never_run(exam: Exam, open_report: OpenReport) -> None:
+    hostile = relabelled(exam, HOSTILE)
+    name = f"model {HOSTILE[0]}"
+    failure = FailedStep(f"step {HOSTILE[1]}", f"message {HOSTILE[0]}")
+    hostile = dataclasses.replace(
+        hostile,
+        provenance=dataclasses.replace(exam.provenance, model=name, notes=(HOSTILE[4],)),
+        failures=(failure,),
+    )
+    report = open_report(hostile)
+    page = report.page
+    shown = [token.replace(" ", "·").replace("\u2028", "\\u2028") for token in HOSTILE]
+    assert page.title() == f"Eye exam of {name}"
+    assert page.inner_text("h1") == f"Eye exam of {name}"
+    assert page.locator("#text .tokens span").all_inner_texts()[: len(shown)] == shown
+    assert f"message {HOSTILE[0]}" in page.inner_text("#summary .failed")
+    # Plotly reads pseudo-HTML: the labels must come out as the tokens' own characters, unstyled.
+    ticks = page.locator("#figure-residual .xtick text")
+    texts = ticks.all_text_contents()
+    for index, token in enumerate(shown):
+        assert f"{index} {token}" in texts
+    assert page.locator("#figure-residual .xtick a, #figure-residual .xtick tspan").count() == 0
+    # CircuitsVis draws on a canvas, where text is text; it leaves out labels that do not fit.
+    assert f"{shown[0]} (0)" in page.evaluate("[...window.__drawn]")
+    # Hover, click and read everything; still nothing has run.
+    page.locator("#figure-residual .heatmaplayer image").scroll_into_view_if_needed()
+    box = page.locator("#figure-residual .heatmaplayer image").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 3, box["y"] + box["height"] / 2)
+    page.wait_for_selector("#figure-residual .hoverlayer .hovertext")
+    assert shown[0] in (page.locator("#figure-residual .hovertext").first.text_content() or "")
+    assert page.locator("main img, main a[href^=javascript], main b b").count() == 0
+    report.is_clean()
+
+
+def test_a_hostile_prompt_through_a_real_tokenizer(llama: Any, open_report: OpenReport) -> None:
+    report = open_report(eyechart.exam(llama, "".join(HOSTILE[:4]), lengths=(1, 2)))
+    spans = report.page.locator("#text .tokens span").all_inner_texts()
+    assert "onerror=window.__pwned=1>" in "".join(spans)
+    report.is_clean()
+
+
+def test_table_sorts_and_filters_from_the_keyboard(exam: Exam, open_report: OpenReport) -> None:
+    report = open_report(exam)
+    page = report.page
+    assert exam.attention is not None
+    wanted = exam.attention.to_frame()
+    first = sorted(wanted["first"])
+
+    def column(index: int) -> list[str]:
+        rows = page.locator("table.sortable tbody tr:visible")
+        return [row.locator("th, td").nth(index).inner_text() for row in rows.all()]
+
+    # From the filter, which its label leads to, one step past the scrolling box into the table.
+    page.get_by_label("Show heads named like").focus()
+    for name in ("head", "first"):
+        while page.evaluate("document.activeElement.textContent") != name:
+            page.keyboard.press("Tab")
+            assert page.evaluate("document.activeElement.closest('#heads')") is not None
+    header = page.locator("table.sortable thead th").nth(1)
+    page.keyboard.press("Enter")
+    assert header.get_attribute("aria-sort") == "descending"
+    assert column(1) == [f"{value:.3f}" for value in reversed(first)]
+    page.keyboard.press("Space")
+    assert header.get_attribute("aria-sort") == "ascending"
+    assert column(1) == [f"{value:.3f}" for value in first]
+
+    page.get_by_label("Show heads named like").focus()
+    page.keyboard.type("l1")
+    shown = column(0)
+    assert sorted(shown) == [f"L1H{head}" for head in wanted[wanted.layer == 1]["head"]]
+    assert page.inner_text("#head-count") == f"{len(shown)} of {len(wanted)} heads"
+    page.keyboard.type("h0")
+    assert column(0) == ["L1H0"]
+    report.is_clean()
+
+
+def test_missing_values_sort_last(exam: Exam, open_report: OpenReport) -> None:
+    assert exam.attention is not None
+    first = exam.attention.first.clone()
+    first[:, 0] = torch.nan  # as in a layer without attention
+    attention = dataclasses.replace(exam.attention, first=first)
+    page = open_report(dataclasses.replace(exam, attention=attention)).page
+    heads = first.shape[2]
+    for order in ("descending", "ascending"):
+        page.locator("table.sortable th button").nth(1).click()
+        assert page.locator("table.sortable th").nth(1).get_attribute("aria-sort") == order
+        values = page.locator("table.sortable tbody td:nth-child(2)").all_inner_texts()
+        assert values[-heads:] == ["–"] * heads
+        assert "–" not in values[:-heads]
+
+
+def test_skip_link_and_contents(exam: Exam, open_report: OpenReport) -> None:
+    page = open_report(exam).page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('href')") == "#main"
+    assert page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
+    targets = page.eval_on_selector_all("nav a", "links => links.map(a => a.hash.slice(1))")
+    sections = page.eval_on_selector_all("main section", "all => all.map(s => s.id)")
+    assert targets == sections
+    headings = page.locator("main section > h2").all_inner_texts()
+    assert headings == page.locator("nav a").all_inner_texts()
+
+
+def test_heads_open_by_mouse_and_keyboard(exam: Exam, open_report: OpenReport) -> None:
+    report = open_report(exam)
+    page = report.page
+    assert exam.patterns is not None
+    names = page.locator("button[data-head] b").all_inner_texts()
+    assert names == [f"L{layer}H{head}" for layer, head in exam.patterns.heads]
+    for index in range(len(names)):
+        assert page.locator(f"#thumb-{index} canvas").evaluate(COLOURS) > 2
+
+    def large_is(index: int) -> None:
+        page.wait_for_selector(f"#attention-{index} canvas", state="visible")
+        assert page.locator("#attention-view > div:visible").count() == 1
+        assert page.locator(f"#attention-{index} canvas").evaluate(COLOURS) > 2
+        assert page.inner_text("#attention-name").startswith(names[index])
+        pressed = page.locator('button[data-head][aria-pressed="true"]')
+        assert pressed.locator("b").all_inner_texts() == [names[index]]
+
+    large_is(0)
+    page.locator("button[data-head]").nth(1).click()
+    large_is(1)
+    page.locator("button[data-head]").nth(2).focus()
+    page.keyboard.press("Enter")
+    large_is(2)
+    page.locator("button[data-head]").nth(0).click()
+    large_is(0)
+    report.is_clean()
+
+
+def test_patterns_of_256_tokens_fit_and_are_the_right_way_round(
+    exam: Exam, open_report: OpenReport
+) -> None:
+    big = long_exam(exam, tokens=256, heads=6, measured=300)
+    report = open_report(big)
+    page = report.page
+    assert report.path.stat().st_size < BIG
+    assert "first 256 of 300 tokens" in page.inner_text("#striking .note")
+    # Head 0 looks at the first token: the left edge is dark all the way down, the rest is not.
+    blue = page.locator("#thumb-0 canvas").evaluate(
+        """(canvas) => {
+          const [w, h] = [canvas.width, canvas.height];
+          const strip = (x, y, dx, dy) => {
+            const pixels = window.__pixels(canvas, x, y, dx, dy);
+            return pixels.reduce((n, v, i) => n + (i % 4 === 0 && v < 200 && pixels[i + 3] > 0), 0);
+          };
+          return { left: strip(0, 2, 1, h - 4) / (h - 4), bottom: strip(4, h - 2, w - 8, 1) };
+        }"""
+    )
+    assert blue["left"] > 0.9
+    assert blue["bottom"] == 0
+    report.is_clean()
+
+
+def test_patterns_are_cut_to_256_tokens(exam: Exam) -> None:
+    big = long_exam(exam, tokens=260, heads=2, measured=260)
+    patterns = embedded(render(big))["patterns"]
+    assert len(patterns["props"]["tokens"]) == 256
+    assert [len(row) for row in patterns["heads"][1]] == list(range(1, 257))
+
+
+def test_a_long_text_in_a_large_model_stays_small(exam: Exam) -> None:
+    big = long_exam(exam, tokens=256, heads=8, measured=4096)
+    shape = (1, 65, 4096)
+    residual = ResidualNorms(
+        sequences=big.sequences,
+        provenance=exam.provenance,
+        norm=torch.rand(shape) * 1000,
+        final_norm=None,
+        largest=torch.rand(*shape, 3),
+        largest_dimension=torch.zeros(*shape, 3, dtype=torch.long),
+        median=torch.ones(shape[:2]),
+    )
+    page = render(dataclasses.replace(big, residual=residual))
+    assert len(page.encode()) < BIG
+    assert len(embedded(page)["figures"]["residual"]["data"][0]["x"]) == 2048
+    assert "the first 2048 of 4096 tokens" in page
+
+
+def test_embedded_patterns_equal_the_result(exam: Exam) -> None:
+    assert exam.patterns is not None
+    patterns = embedded(render(exam))["patterns"]
+    for head, rows in enumerate(patterns["heads"]):
+        for query, row in enumerate(rows):
+            wanted = exam.patterns.pattern[0, head, query, : query + 1]
+            shown = torch.tensor(row) / patterns["steps"]
+            torch.testing.assert_close(shown, wanted, atol=5.1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("part", ["attention", "patterns", "residual", "collapse"])
+def test_a_failed_part_is_told_in_its_place(exam: Exam, open_report: OpenReport, part: str) -> None:
+    step, section = {
+        "attention": ("heads", "heads"),
+        "patterns": ("patterns of striking heads", "striking"),
+        "residual": ("residual stream", "residual"),
+        "collapse": ("collapse", "collapse"),
+    }[part]
+    failure = FailedStep(step, "out of memory: choose a smaller batch")
+    changes: dict[str, Any] = {part: None, "failures": (failure,)}
+    report = open_report(dataclasses.replace(exam, **changes))
+    page = report.page
+    assert "smaller batch" in page.inner_text(f"#{section} .failed")
+    assert "smaller batch" in page.inner_text("#summary .failed")
+    assert page.locator("main .failed").count() == 2
+    for name in FIGURES:
+        assert page.locator(f"#figure-{name} .main-svg").count() == (0 if name == part else 3)
+    assert (page.locator("#attention-0 canvas").count() == 0) == (part == "patterns")
+    report.is_clean()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_legible_in_both_schemes(exam: Exam, open_report: OpenReport, scheme: str) -> None:
+    report = open_report(exam, color_scheme=scheme)
+    page = report.page
+    least = page.evaluate(LEAST_CONTRAST)
+    assert least["ratio"] >= 4.5, least
+    page_is_dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != (
+        "rgb(246, 247, 249)"
+    )
+    assert page_is_dark == (scheme == "dark")
+
+    def figure_ink_is_page_ink() -> bool:
+        return page.evaluate(
+            """getComputedStyle(document.querySelector("#figure-residual .xtick text")).fill
+               === getComputedStyle(document.body).color"""
+        )
+
+    assert figure_ink_is_page_ink()
+    page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
+    page.wait_for_timeout(300)
+    assert figure_ink_is_page_ink()
+    report.is_clean()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_never_scrolls_sideways(exam: Exam, open_report: OpenReport, width: int) -> None:
+    hostile = relabelled(exam, ("x" * 300,))
+    page = open_report(hostile, viewport={"width": width, "height": 800}).page
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_two_sequences(llama: Any, open_report: OpenReport) -> None:
+    report = open_report(eyechart.exam(llama, [TEXT, "Short."], lengths=(1, 2)))
+    assert report.page.locator("#text .tokens").count() == 2
+    assert "first of 2 sequences" in report.page.inner_text("#striking .note")
+    report.is_clean()
+
+
+def test_the_same_exam_gives_the_same_bytes(exam: Exam, tmp_path: Path) -> None:
+    page = render(exam)
+    assert render(exam) == page
+    exam.save(tmp_path / "exam")
+    assert render(open_result(tmp_path / "exam")) == page
+
+
+def test_the_summary_is_the_exam_s(exam: Exam, open_report: OpenReport) -> None:
+    summary = exam.summary()
+    text = open_report(exam).page.inner_text("#summary")
+    assert f"{summary['sink_rate']['value']:.2f}" in text
+    for key in ("sinks", "diagonal_heads", "previous_token_heads"):
+        for head in summary[key]:
+            assert head["head"] in text
+            assert f"{head['mass']:.3f}" in text
+
+
+def test_embedded_text_cannot_end_its_block() -> None:
+    hostile = ["</script>", "<!--", "]]>", "&amp;", "\u2028\u2029", "\\", '"']
+    text = json_text(hostile)
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == hostile
+    assert (
+        script_text('a = "<SCRIPT></SCRIPT><!--";\r\n') == 'a = "<SCRIPT>\\x3C/SCRIPT>\\x3C!--";\n'
+    )
+
+
+def embedded(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
