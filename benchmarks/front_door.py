@@ -4,8 +4,7 @@
 
 Clones the committed state of this repository into a temporary folder, runs ``make exam`` twice and
 ``make test`` once there, opens the default model from the cache in a fresh process, and prints what
-each took. Downloads count: the first exam's time depends on the package index. Everything is removed
-at the end.
+each took. Downloads count, so the first exam depends on the package index. Nothing is left behind.
 """
 
 import argparse

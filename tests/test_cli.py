@@ -179,7 +179,8 @@ def test_when_heads_fail_the_stream_is_kept(llama):
         patch.setattr(AttentionProbe, "observe", unable)
         found = eyechart.exam(llama, "abc")
     assert found.attention is None and found.residual is not None and found.collapse is not None
-    assert [failure.step for failure in found.failures] == ["heads"]
+    assert list(found.failures) == ["attention"]
+    assert found.provenance.forward_passes == 2
 
 
 def test_hostile_prompts_are_printed_as_text(out):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import eyechart
 from eyechart.attention import PatternProbe
 from eyechart.errors import ResultError, UsageError
-from eyechart.results import AttentionStatistics, CollapseCurve, FailedStep
+from eyechart.results import AttentionStatistics, CollapseCurve
 from eyechart.results.figures import visible
 from eyechart.results.files import ensure_writable, write_text_whole
 
@@ -183,7 +183,7 @@ def test_frames_hold_every_real_cell(results):
 def test_printing_is_readable_and_escaped(results):
     assert "sink rate" in repr(results["exam"])
     shown = dataclasses.replace(
-        results["exam"], failures=(FailedStep("<img src=x onerror=1>", "why"),)
+        results["exam"], failures={"<img src=x onerror=1>": "why"}
     )._repr_html_()
     assert "<img" not in shown and "&lt;img" in shown
 
@@ -204,10 +204,10 @@ def test_figures_hold_the_numbers_and_no_markup(results):
 
 def test_a_failed_exam_has_no_table_but_says_why(results):
     broken = dataclasses.replace(
-        results["exam"], attention=None, failures=(FailedStep("heads", "too long"),)
+        results["exam"], attention=None, failures={"attention": "too long"}
     )
-    assert "heads failed: too long" in repr(broken)
-    assert broken.summary()["failures"] == {"heads": "too long"}
+    assert "attention failed: too long" in repr(broken)
+    assert broken.summary()["failures"] == {"attention": "too long"}
     assert "sinks" not in broken.summary()
     for method in (broken.to_frame, broken.plot):
         with pytest.raises(ResultError, match="see failures"):

@@ -246,8 +246,8 @@ def _print_exam(result: "Exam", folder: Path, as_json: bool) -> None:
     if result.collapse is not None:
         for words, line in zip(("collapse", ""), result.collapse.lines(), strict=True):
             table.add_row(words, escape(line))
-    for failure in result.failures:
-        table.add_row("FAILED", escape(f"{failure.step}: {failure.message}"), style="red")
+    for part, message in result.failures.items():
+        table.add_row("FAILED", escape(f"{part}: {message}"), style="red")
     table.add_row("written to", escape(f"{folder / 'report.html'}"))
     _stdout().print(table)
 
@@ -284,7 +284,8 @@ def _progress() -> Iterator[Any]:
 def _stdout() -> Any:
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    # Outside a terminal nothing says how wide the reader's screen is: leave lines whole.
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
 def _say(message: str) -> None:

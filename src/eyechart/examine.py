@@ -17,7 +17,6 @@ from eyechart.results import (
     AttentionPatterns,
     AttentionStatistics,
     Exam,
-    FailedStep,
     Provenance,
     ResidualNorms,
     Sequences,
@@ -56,10 +55,10 @@ def exam(
         batch_size: Sequences a pass; all at once by default.
         seed: Recorded with the result; nothing in an exam is drawn at random.
         out: Folder to save to; checked before anything is computed.
-        on_step: Called with the name of each step as it begins.
+        on_step: Called with the name of each part as its measurement begins.
 
     Returns:
-        The exam. A step that failed is None in it and named, with its reason, in ``failures``.
+        The exam. A part that failed is None in it, and ``failures`` says why.
 
     Raises:
         InputError: the inputs do not fit the model. Checked first, like everything below.
@@ -78,27 +77,27 @@ def exam(
         if inputs is None
         else sequencing.prepare(model, inputs, prepend_bos=prepend_bos)
     )
-    failures: list[FailedStep] = []
+    failures: dict[str, str] = {}
 
-    def attempt(step: str, run: Callable[[], T]) -> T | None:
-        on_step(step)
+    def attempt(part: str, run: Callable[[], T]) -> T | None:
+        on_step(part)
         try:
             return run()
         except (EyechartError, RuntimeError, MemoryError) as problem:
-            failures.append(FailedStep(step, str(problem) or type(problem).__name__))
+            failures[part] = str(problem) or type(problem).__name__
             return None
 
     def look(*probes: Probe[Any]) -> tuple[Any, ...]:
         return capture(model, prepared, probes, batch_size=batch_size, seed=seed)
 
     heads, stream = AttentionProbe(facts.n_layers), ResidualProbe()
-    both = attempt("heads and residual stream", lambda: look(heads, stream))
+    both = attempt("attention", lambda: look(heads, stream))
     if both is None:
         # One of the two may be what fails (patterns need far more memory): keep the other.
         failures.clear()
         both = (
-            (attempt("heads", lambda: look(heads)) or (None,))[0],
-            (attempt("residual stream", lambda: look(stream)) or (None,))[0],
+            attempt("attention", lambda: look(heads)[0]),
+            attempt("residual", lambda: look(stream)[0]),
         )
     attention: AttentionStatistics | None = both[0]
     residual: ResidualNorms | None = both[1]
@@ -107,25 +106,27 @@ def exam(
         chosen = striking_heads(attention)
         short = prepared.first_tokens(PATTERN_TOKENS)
         probe = PatternProbe(tuple(chosen), tuple(chosen.values()))
-        found = attempt(
-            "patterns of striking heads",
-            lambda: capture(model, short, [probe], batch_size=batch_size, seed=seed),
+        patterns = attempt(
+            "patterns",
+            lambda: capture(model, short, [probe], batch_size=batch_size, seed=seed)[0],
         )
-        patterns = found[0] if found else None
     collapse = attempt(
         "collapse", lambda: collapse_curve(model, lengths=lengths, prepend_bos=prepend_bos)
     )
-    parts = [part for part in (attention or residual, patterns, collapse) if part is not None]
-    if not parts:
-        raise EyechartError(f"every step of the exam failed; the first: {failures[0].message}")
+    parts = (attention, residual, patterns, collapse)
+    # Parts of one pass share its provenance, which must count once.
+    sources = {id(part.provenance): part.provenance for part in parts if part is not None}
+    if not sources:
+        first = next(iter(failures.values()))
+        raise EyechartError(f"every step of the exam failed; the first: {first}")
     result = Exam(
         sequences=prepared,
-        provenance=_together([part.provenance for part in parts], prepared, seed),
+        provenance=_together(list(sources.values()), prepared, seed),
         residual=residual,
         attention=attention,
         patterns=patterns,
         collapse=collapse,
-        failures=tuple(failures),
+        failures=failures,
     )
     if out is not None:
         result.save(out)

@@ -62,7 +62,7 @@ def _tiny(model_type: str, overrides: dict[str, Any]) -> Entry:
 
     return Entry(
         name=f"tiny-random-{model_type.removesuffix('_text').replace('_', '-')}",
-        about=f"random weights, {model_type} architecture, 2 layers of 4 heads: for tests",
+        about=f"random {model_type}, 2 layers of 4 heads, for tests and demos",
         recipe=f"tiny 1 {model_type} {sorted(overrides.items())}",
         build=build,
     )

@@ -24,14 +24,6 @@ MAP_TOKENS = 2048
 
 MASSIVE_ROWS = 10
 
-_MADE_BY = {
-    "attention": ("heads", "heads and residual stream"),
-    "patterns": ("patterns of striking heads",),
-    "residual": ("residual stream", "heads and residual stream"),
-    "collapse": ("collapse",),
-}
-"""The steps of an exam that make each part; a failure is told where the part would have been."""
-
 
 def render(exam: Exam) -> str:
     """The exam as one self-contained HTML page.
@@ -56,10 +48,6 @@ def render(exam: Exam) -> str:
     return _template().render(
         exam=exam,
         summary=exam.summary(),
-        failures={
-            part: [failure.message for failure in exam.failures if failure.step in steps]
-            for part, steps in _MADE_BY.items()
-        },
         heads=exam.attention.to_frame().to_dict("records") if exam.attention else [],
         statistics=STATISTICS,
         view=view,

@@ -3,7 +3,7 @@
 from eyechart.results.attention import LEADERS, STATISTICS, AttentionPatterns, AttentionStatistics
 from eyechart.results.base import Provenance, Result, head_name, open_result
 from eyechart.results.collapse import CollapseCurve
-from eyechart.results.exam import Exam, FailedStep
+from eyechart.results.exam import Exam
 from eyechart.results.residual import MassiveActivation, ResidualNorms
 from eyechart.results.sequences import Sequences
 
@@ -14,7 +14,6 @@ __all__ = [
     "AttentionStatistics",
     "CollapseCurve",
     "Exam",
-    "FailedStep",
     "MassiveActivation",
     "Provenance",
     "ResidualNorms",

@@ -1,6 +1,6 @@
 """Everything one prompt allows, in one result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eyechart.errors import ResultError
@@ -16,44 +16,30 @@ if TYPE_CHECKING:
 
 
 @storable
-@dataclass(frozen=True)
-class FailedStep:
-    """A step of an exam that did not work; the others are kept.
-
-    Attributes:
-        step: Its name.
-        message: What went wrong, and what to do.
-    """
-
-    step: str
-    message: str
-
-
-@storable
 @dataclass(frozen=True, eq=False, repr=False)
 class Exam(Result):
-    """The measurements of one exam; a step that failed is None here and named in ``failures``.
+    """The measurements of one exam; a part that failed is None here and told in ``failures``.
 
     Attributes:
         residual: Norms of the residual stream and massive activations.
         attention: Statistics of every head.
         patterns: Patterns of the most striking heads, at most 256 tokens.
         collapse: Distance of n and n + 1 repeated tokens.
-        failures: The steps that failed.
+        failures: What went wrong and what to do, by the name of the part that failed.
     """
 
     residual: ResidualNorms | None
     attention: AttentionStatistics | None
     patterns: AttentionPatterns | None
     collapse: CollapseCurve | None
-    failures: tuple[FailedStep, ...] = ()
+    failures: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the printed summary, ready for JSON."""
         said: dict[str, Any] = {
             "model": self.provenance.model,
             "tokens": list(self.sequences.lengths),
-            "failures": {failure.step: failure.message for failure in self.failures},
+            "failures": dict(self.failures),
         }
         if self.attention is not None:
             length = min(64, *self.sequences.lengths)
@@ -97,5 +83,5 @@ class Exam(Result):
         """The lines of every part, and of every failure."""
         parts = (self.attention, self.residual, self.collapse)
         said = [line for part in parts if part is not None for line in part.lines()]
-        said += [f"{failure.step} failed: {failure.message}" for failure in self.failures]
+        said += [f"{part} failed: {message}" for part, message in self.failures.items()]
         return tuple(said)
