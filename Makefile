@@ -27,12 +27,14 @@ format: .venv/test.stamp
 # The stamps, not the folder, say that an installation went through to its end.
 .venv/exam.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "eyechart needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@echo "Installing eyechart into .venv; this takes a minute or more, once."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	@touch $@
 
 .venv/test.stamp: .venv/exam.stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@echo "Installing the test tools into .venv."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
 clean:

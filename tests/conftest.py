@@ -1,11 +1,15 @@
 """Shared models, and shape checking of every annotated function while tests run."""
 
+import os
+
 from jaxtyping import install_import_hook
+
+# Before the libraries that read it are imported: the tests never ask a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Before the first import of eyechart.
 install_import_hook("eyechart", "typechecking.checked")
 
-import os  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -18,9 +22,6 @@ import eyechart  # noqa: E402
 from eyechart.models import CATALOGUE, DEFAULT_MODEL  # noqa: E402
 
 TINY = sorted(name for name in CATALOGUE if name.startswith("tiny-random-"))
-
-# The tests never ask a hub; without this a machine with a network would.
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -147,13 +147,20 @@ def test_firings_are_counted_in_the_provenance(llama):
     assert found.provenance.forward_passes == 2
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(llama):
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_out_of_memory_halves_the_batch_and_says_so(llama, refusal):
     ids = torch.randint(3, 250, (5, 6))
     (whole,) = capture(llama, ids, [Record("resid_post")])
 
     def only_two_fit(activation, hook):
         if activation.shape[0] > 2:
-            raise torch.OutOfMemoryError("too big")
+            raise refusal
 
     with llama.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", only_two_fit)]):
         parts, norms = capture(llama, ids, [Record("resid_post"), ResidualProbe()])
@@ -260,6 +267,8 @@ def test_training_mode_empty_probes_and_unknown_sites_are_refused(llama):
         capture(llama, IDS, [])
     with pytest.raises(UsageError, match="unknown site 'residual'; there are embedding, resid_pre"):
         capture(llama, IDS, [Record("residual")])
+    with pytest.raises(UsageError, match=r"in layers \[2, 9\]; it has it in \[0, 1\]"):
+        capture(llama, IDS, [Record("pattern", layers=[1, 2, 9])])
     with pytest.raises(UsageError, match="batch_size"):
         capture(llama, IDS, [Record("resid_pre")], batch_size=0)
 

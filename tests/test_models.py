@@ -202,6 +202,17 @@ def test_a_hub_name_without_a_network_says_so():
         eyechart.load("somebody/some-model")
 
 
+def test_a_hub_model_in_the_hubs_cache_opens_without_a_network(tiny_copy, tmp_path, monkeypatch):
+    repository = tmp_path / "hub" / "models--somebody--some-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    (repository / "snapshots").mkdir()
+    tiny_copy.rename(repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = eyechart.load("somebody/some-model", device="cpu")
+    assert facts_of(model).name == "somebody/some-model"
+
+
 def test_devices_and_formats_are_checked():
     assert parse_device("cpu") == "cpu"
     assert parse_device("auto") in ("cpu", "cuda", "mps")

@@ -260,7 +260,10 @@ def _messages() -> Iterator[None]:
     except EyechartError as problem:
         _say(f"error: {problem}")
         raise typer.Exit(problem.exit_status) from None
-    except MemoryError:
+    except (MemoryError, RuntimeError) as problem:
+        # torch has its own, which must not be imported here just to be named.
+        if type(problem).__name__ not in ("MemoryError", "OutOfMemoryError"):
+            raise
         _say("error: out of memory. Shorten the prompt, or use --dtype bfloat16.")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eyechart.errors import InputError, UsageError
 from eyechart.models import check_structure
-from eyechart.probes import Look, Observations, Probe, capture, has_site
+from eyechart.probes import Look, Observations, StreamProbe, capture
 from eyechart.results import CollapseCurve, Provenance, Sequences
 from eyechart.sequences import repeated
 
@@ -79,7 +79,7 @@ def collapse_curve(
     return result
 
 
-class LastTokenProbe(Probe[CollapseCurve]):
+class LastTokenProbe(StreamProbe[CollapseCurve]):
     """Keeps the stream at the last repetition for every n and n + 1.
 
     Args:
@@ -93,37 +93,27 @@ class LastTokenProbe(Probe[CollapseCurve]):
         last = torch.tensor(self.lengths) + before - 1
         self.positions = torch.stack([last, last + 1])
 
-    def sites(self, model: "TransformerBridge") -> Sequence[str]:
-        """The stream into the first block, out of every block, and the final norm's output."""
-        final = ("final_norm",) if has_site(model, "final_norm") else ()
-        return ("resid_pre", "resid_post", *final)
-
-    def observe(self, activation: Tensor, look: Look) -> Mapping[str, Tensor]:
+    def reduce(self, stream: Tensor, look: Look) -> Mapping[str, Tensor]:
         """The stream at the chosen positions."""
-        if look.site == "resid_pre" and look.layer != 0:
-            return {}
-        kept = activation[:, self.positions.to(activation.device)]
-        return {"stream": kept.to(torch.promote_types(kept.dtype, torch.float32))}
+        return {"ends": stream[:, self.positions.to(stream.device)]}
 
     def result(
         self, observations: Observations, sequences: Sequences, provenance: Provenance
     ) -> CollapseCurve:
         """Distances of every pair at every layer."""
-        blocks = observations.layers("resid_post", "stream")
-        streams = [observations.one("resid_pre", "stream"), *blocks.values()]
-        labels = ["embedding", *(f"block {layer}" for layer in blocks)]
-        final = observations.layers("final_norm", "stream")
-        if final:
-            streams.append(final[None])
+        ends = self.by_depth(observations, "ends")[0]
+        labels = ["embedding", *(f"block {layer}" for layer in range(len(ends) - 1))]
+        final = self.after_final_norm(observations, "ends")
+        if final is not None:
+            ends = torch.cat([ends, final])
             labels.append("final norm")
-        stream = torch.cat(streams)
         return CollapseCurve(
             sequences=sequences,
             provenance=provenance,
             family=self.family,
             lengths=self.lengths,
             layer_labels=tuple(labels),
-            **distances(stream[:, 0], stream[:, 1]),
+            **distances(ends[:, 0], ends[:, 1]),
         )
 
 
@@ -139,7 +129,8 @@ def distances(
         "l1": l1,
         "l2": difference.norm(dim=-1),
         "linf": difference.abs().amax(dim=-1),
-        "relative": l1 / longer.abs().sum(dim=-1),
+        # Two zero vectors are no distance apart.
+        "relative": l1 / longer.abs().sum(dim=-1).clamp(min=torch.finfo(torch.double).tiny),
         "cosine": cosine.clamp(min=0),
     }
     return {name: value.float() for name, value in measured.items()}

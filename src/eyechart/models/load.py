@@ -1,10 +1,9 @@
 """``eyechart.load``: from a name to a TransformerBridge, or to a reason why not."""
 
+import contextlib
 import difflib
-import importlib
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,18 +68,13 @@ def load(
     target = None if device_map is not None else parse_device(device)
     name = os.fspath(name)
     if name in CATALOGUE:
-        # Verifying half a gigabyte and importing TransformerLens take about as long as each other.
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            folder = pool.submit(CATALOGUE[name].folder)
-            importlib.import_module("transformer_lens.model_bridge")
-            source = os.fspath(folder.result())
+        source = os.fspath(CATALOGUE[name].folder())
     elif name.endswith(".gguf"):
         return _open_gguf(Path(name), target, number_format, device_map, trust_remote_code)
     elif Path(name).expanduser().exists() or name.startswith((".", "~", os.sep)):
         source = os.fspath(_checked_folder(Path(name).expanduser()))
     else:
-        source = name
-        _check_hub(name, revision)
+        source = _from_hub(name, revision)
     _check_config(name, source, revision, trust_remote_code)
     model = _boot(
         source,
@@ -187,15 +181,22 @@ def _checked_folder(folder: Path) -> Path:
     return folder
 
 
-def _check_hub(name: str, revision: str | None) -> None:
-    """One quick question to the hub, because transformers retries an absent network for long."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+def _from_hub(name: str, revision: str | None) -> str:
+    """The name itself if the hub has it, else the folder of a copy in the hub's cache.
+
+    One quick question first, because transformers retries an absent network for long, file by file.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return
         HfApi().model_info(name, revision=revision, timeout=10)
+        return name
     except GatedRepoError as problem:
         raise DownloadError(
             f"{name} is gated: accept its licence on the hub and set HF_TOKEN, then try again."
@@ -203,6 +204,8 @@ def _check_hub(name: str, revision: str | None) -> None:
     except (RepositoryNotFoundError, HFValidationError) as problem:
         raise UnknownModelError(f"no model is called {name!r}. {_near(name)}") from problem
     except Exception as problem:  # whatever the HTTP library of the day raises
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return snapshot_download(name, revision=revision, local_files_only=True)
         if "/" not in name:
             raise UnknownModelError(
                 f"{name!r} is not in the catalogue, and the hub cannot be asked "

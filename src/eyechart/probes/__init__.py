@@ -3,6 +3,7 @@
 from eyechart.probes.capture import capture
 from eyechart.probes.probe import Look, Observations, Probe, Record
 from eyechart.probes.sites import SITES, Site, has_site, hook_names
+from eyechart.probes.stream import StreamProbe
 
 __all__ = [
     "SITES",
@@ -11,6 +12,7 @@ __all__ = [
     "Probe",
     "Record",
     "Site",
+    "StreamProbe",
     "capture",
     "has_site",
     "hook_names",

@@ -6,7 +6,6 @@ not fire exactly once on every layer that has it gets no result but an error, be
 would look right and be wrong.
 """
 
-import contextlib
 import inspect
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -102,20 +101,22 @@ def _run_in_parts(
         run = _Pass(model, rows, wanted)
         try:
             run.forward()
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except RuntimeError as problem:
+            if size == 1 or not _is_out_of_memory(problem):
                 raise
             size = (size + 1) // 2
             notes.append(f"out of memory: batch halved to {size} sequences")
+            torch.cuda.empty_cache()
         else:
             parts.append(run.kept)
             counts.update(run.fired_by_site())
             start += size
-        finally:
-            del run
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
     return parts, len(parts)
+
+
+def _is_out_of_memory(problem: RuntimeError) -> bool:
+    # The CPU's allocator has no exception of its own.
+    return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
 
 
 _Kept = dict[tuple[str, str], dict[int | None, Tensor]]
@@ -152,10 +153,8 @@ class _Pass:
         # The residual stream is always watched, so that NaN stops the pass where it appears.
         self.places: dict[Place, str] = {}
         sites = {*self.lookers, "resid_post"}
-        if "pattern" in sites and next(self.model.parameters()).dtype in (
-            torch.float16,
-            torch.bfloat16,
-        ):
+        half = (torch.float16, torch.bfloat16)
+        if "pattern" in sites and any(p.dtype in half for p in self.model.parameters()):
             sites.add("scores")
         for site in sites:
             for layer, name in hook_names(self.model, site).items():
@@ -171,8 +170,7 @@ class _Pass:
             options["logits_to_keep"] = 1  # nobody looks at the others
         if self.rows.padded:
             options["attention_mask"] = self.mask.long()
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            stack.enter_context(self.model.hooks(fwd_hooks=hooks))
+        with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
             self.model(self.tokens, return_type=None, **options)
         self._check_fired()
 

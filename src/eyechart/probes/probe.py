@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from eyechart.errors import CaptureError
+from eyechart.errors import CaptureError, UsageError
+from eyechart.probes.sites import hook_names
 from eyechart.results.base import Provenance
 from eyechart.results.sequences import Sequences
 
@@ -67,7 +68,7 @@ class Observations:
         some = next(iter(kept.values()))
         order = sorted(kept, key=lambda layer: -1 if layer is None else layer)
         places = order if n_layers is None else range(n_layers)
-        missing = torch.full_like(some, torch.nan) if some.is_floating_point() else some
+        missing = torch.full_like(some, torch.nan) if len(kept) < len(places) else some
         return torch.stack([kept.get(place, missing) for place in places], dim=1)
 
 
@@ -114,7 +115,14 @@ class Record(Probe[dict[int | None, Tensor]]):
         self.chosen = None if layers is None else frozenset(layers)
 
     def sites(self, model: "TransformerBridge") -> Sequence[str]:
-        """The one site."""
+        """The one site; refuses layers that do not have it."""
+        there = hook_names(model, self.site)
+        absent = sorted((self.chosen or set()) - there.keys())
+        if absent:
+            raise UsageError(
+                f"{model.cfg.model_name} has no site {self.site!r} in layers {absent}; "
+                f"it has it in {sorted(layer for layer in there if layer is not None)}."
+            )
         return (self.site,)
 
     def observe(self, activation: Tensor, look: Look) -> Mapping[str, Tensor]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -75,7 +76,10 @@ class AttentionStatistics(Result):
             raise UsageError(f"unknown statistic {statistic!r}; there are {', '.join(STATISTICS)}")
         values: Tensor = getattr(self, statistic)
         start = 0 if statistic == "first" or values.shape[-1] == 1 else 1
-        return values[..., start:].transpose(0, 1).transpose(1, 2).flatten(2).nanmean(dim=-1)
+        together = rearrange(
+            values[..., start:], "batch layer head query -> layer head (batch query)"
+        )
+        return together.nanmean(dim=-1)
 
     def strongest(self, statistic: Statistic, count: int = 5) -> tuple[tuple[int, int, float], ...]:
         """The heads with the largest mean of a statistic, as ``(layer, head, value)``."""

@@ -106,8 +106,6 @@ class Result:
     def __eq__(self, other: object) -> bool:
         return same(self, other)
 
-    __hash__ = None  # type: ignore[assignment]  # tensors inside: equal by value, not hashable
-
     def __repr__(self) -> str:
         return "\n  ".join((self._title(), *self.lines()))
 

@@ -22,7 +22,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
         write(temporary)
         # mkstemp makes files private; results are meant to be shared like any other file.
         temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
     finally:
