@@ -67,6 +67,13 @@ def test_prompts_come_from_standard_input_or_a_file(out, tmp_path):
         assert "".join(labels).startswith(text)
 
 
+def test_a_lone_dash_is_the_prompt_not_a_model(out, monkeypatch):
+    monkeypatch.setattr("eyechart.models.DEFAULT_MODEL", TINY)
+    assert run("exam", "-", "--out", out, "--no-bos", stdin="From a pipe").exit_code == 0
+    found = eyechart.open_result(out)
+    assert found.provenance.model == TINY and "".join(found.sequences.labels[0]) == "From a pipe"
+
+
 def test_json_is_the_summary(out):
     done = run("exam", TINY, "--prompt", "abc", "--out", out, "--json", "--seed", 7)
     said = json.loads(done.stdout)

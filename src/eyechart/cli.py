@@ -74,6 +74,8 @@ def exam(
 ) -> None:
     """Examine a model on one prompt: print a summary, save the data, write report.html."""
     with _messages():
+        if model == "-":  # the prompt is piped in and the model left out
+            model, stdin = None, "-"
         text = _prompt(stdin, prompt, prompt_file)
         from eyechart.examine import exam as run_exam
         from eyechart.models import DEFAULT_MODEL, load
