@@ -193,6 +193,8 @@ def test_unknown_names_list_near_ones():
     assert caught.value.exit_status == 2
     with pytest.raises(UnknownModelError, match=r"Did you mean .*tiny-random-llama"):
         eyechart.load("tiny-random-lama")
+    with pytest.raises(UnknownModelError, match="no such model"):
+        eyechart.load("no such model")
     with pytest.raises(UnknownModelError, match=r"no config\.json"):
         eyechart.load("./src")
 

@@ -131,7 +131,9 @@ def _boot(source: str, **options: Any) -> "TransformerBridge":
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        with quiet_transformers(), warnings.catch_warnings():
+        # A download from the hub may take long: its progress is for the user to see.
+        quiet = quiet_transformers() if Path(source).is_dir() else contextlib.nullcontext()
+        with quiet, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return TransformerBridge.boot_transformers(source, **options)
     except torch.OutOfMemoryError:
@@ -192,6 +194,7 @@ def _from_hub(name: str, revision: str | None) -> str:
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
@@ -201,10 +204,12 @@ def _from_hub(name: str, revision: str | None) -> str:
         raise DownloadError(
             f"{name} is gated: accept its licence on the hub and set HF_TOKEN, then try again."
         ) from problem
+    except RevisionNotFoundError as problem:
+        raise UsageError(f"{name} has no revision {revision!r} on the hub") from problem
     except (RepositoryNotFoundError, HFValidationError) as problem:
         raise UnknownModelError(f"no model is called {name!r}. {_near(name)}") from problem
     except Exception as problem:  # whatever the HTTP library of the day raises
-        with contextlib.suppress(LocalEntryNotFoundError):
+        with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
             return snapshot_download(name, revision=revision, local_files_only=True)
         if "/" not in name:
             raise UnknownModelError(
