@@ -16,13 +16,25 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-OPEN = "import eyechart; eyechart.load(device='cpu')"
+OPEN = "import eyechart; eyechart.load(device='cpu'); print('ready', flush=True)"
 
 
 def timed(command: list[str], folder: Path, environment: dict[str, str]) -> float:
     start = time.perf_counter()
     subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
+
+
+def timed_until_ready(command: list[str], folder: Path, environment: dict[str, str]) -> float:
+    """Until the model is there; what the interpreter then takes to end is not its opening."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    seconds = time.perf_counter() - start
+    if process.wait() != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return seconds
 
 
 def main() -> None:
@@ -47,7 +59,8 @@ def main() -> None:
         print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n")
         print("| | seconds |\n|---|---|")
         for name, command in runs.items():
-            print(f"| {name} | {timed(command, clone, environment):.1f} |", flush=True)
+            clock = timed_until_ready if command[-1] == OPEN else timed
+            print(f"| {name} | {clock(command, clone, environment):.1f} |", flush=True)
 
 
 if __name__ == "__main__":
