@@ -126,7 +126,7 @@ def test_wrong_usage(llama):
 def test_sequences_keep_their_invariants():
     tokens, mask = torch.zeros(1, 3, dtype=torch.long), torch.tensor([[True, True, False]])
     made = Sequences(tokens, mask, (("a", "b"),))
-    assert made.padded and made.lengths == (2,)
+    assert made.lengths == (2,)
     assert made.first_tokens(1).labels == (("a",),)
     with pytest.raises(ValueError, match="right padding"):
         Sequences(tokens, mask.flip(1), (("a", "b"),))

@@ -150,15 +150,22 @@ class _Pass:
         for index, (_, sites) in enumerate(self.wanted):
             for site in sites:
                 self.lookers[site].append(index)
-        # The residual stream is always watched, so that NaN stops the pass where it appears.
-        self.places: dict[Place, str] = {}
-        sites = {*self.lookers, "resid_post"}
+        needed = set(self.lookers)
         half = (torch.float16, torch.bfloat16)
-        if "pattern" in sites and any(p.dtype in half for p in self.model.parameters()):
-            sites.add("scores")
-        for site in sites:
-            for layer, name in hook_names(self.model, site).items():
-                self.places[site, layer] = name
+        if "pattern" in needed and any(p.dtype in half for p in self.model.parameters()):
+            needed.add("scores")
+        if "scores" in needed:
+            needed.add("pattern")  # to see which comes first
+        self.needed = self._places(needed)
+        # The residual stream is always watched, so that NaN stops the pass where it appears.
+        self.places = self.needed | self._places({"resid_post"})
+
+    def _places(self, sites: set[str]) -> dict[Place, str]:
+        return {
+            (site, layer): name
+            for site in sites
+            for layer, name in hook_names(self.model, site).items()
+        }
 
     def forward(self) -> None:
         hooks = [(name, partial(self._see, place)) for place, name in self.places.items()]
@@ -168,8 +175,8 @@ class _Pass:
             options["use_cache"] = False
         if "logits" not in self.lookers and "logits_to_keep" in accepted:
             options["logits_to_keep"] = 1  # nobody looks at the others
-        if self.rows.padded:
-            options["attention_mask"] = self.mask.long()
+        # No attention mask: under causal attention no real token sees the padding after it, and
+        # some architectures lose their causal mask when they are given one for the padding.
         with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
             self.model(self.tokens, return_type=None, **options)
         self._check_fired()
@@ -185,8 +192,13 @@ class _Pass:
         self.fired[place] += 1
         if site == "resid_post":
             self._refuse_non_finite(activation, layer)
-        if site == "scores" and ("pattern", layer) in self.places:
+        if site == "scores":
             assert layer is not None
+            if self.fired["pattern", layer]:
+                raise CaptureError(
+                    f"layer {layer}: what {self.model.cfg.architecture} hands over as scores comes "
+                    "after the softmax, so there are no scores to be had here."
+                )
             self.scores[layer] = activation
         sinks = None
         if site == "pattern":
@@ -209,7 +221,7 @@ class _Pass:
             )
 
     def _check_fired(self) -> None:
-        wrong = {place: self.fired[place] for place in self.places if self.fired[place] != 1}
+        wrong = {place: self.fired[place] for place in self.needed if self.fired[place] != 1}
         if wrong:
             said = ", ".join(
                 f"{site} of layer {layer} {times} times"
@@ -218,7 +230,8 @@ class _Pass:
                 for (site, layer), times in list(wrong.items())[:4]
             )
             raise CaptureError(
-                f"{len(wrong)} of {len(self.places)} hooks did not fire exactly once ({said}"
+                f"{len(wrong)} of {len(self.needed)} hooks did not fire exactly once ({said}"
                 f"{', ...' if len(wrong) > 4 else ''}): {self.model.cfg.architecture} declares "
-                "them but does not pass through them, so there is nothing to measure there."
+                "them but passes through them never or repeatedly, so what they carry cannot be "
+                "tied to one place in the model."
             )

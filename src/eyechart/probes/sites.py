@@ -137,10 +137,14 @@ def exact_pattern(
 
     Raises:
         CaptureError: a query sees a later key, a row does not sum to one though the layer has no
-            learned sink, or scores and pattern disagree.
+            learned sink, or in a half format the scores are not to be had or disagree.
     """
     if pattern.dtype in (torch.float16, torch.bfloat16):
-        assert scores is not None
+        if scores is None:
+            raise CaptureError(
+                f"layer {layer}: this architecture shows its attention only after rounding it to "
+                f"{str(pattern.dtype).removeprefix('torch.')}. Load this model in float32."
+            )
         rounded, logits = pattern, scores.float()
         if sinks is not None:
             column = sinks.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)

@@ -47,11 +47,6 @@ class Sequences:
         return tuple(self.mask.sum(dim=1).tolist())
 
     @property
-    def padded(self) -> bool:
-        """Whether any row holds padding."""
-        return not bool(self.mask.all())
-
-    @property
     def digest(self) -> str:
         """SHA-256 of the real tokens, row by row."""
         digest = hashlib.sha256()

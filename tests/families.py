@@ -1,0 +1,199 @@
+"""Every decoder-only family the tests read: its smallest interesting configuration.
+
+``python tests/families.py`` examines them all and writes ``docs/architectures.md``.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import eyechart
+from eyechart.models import facts_of
+from eyechart.models.convert import build_tiny
+
+TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
+
+# Grouped queries, head sizes, experts and windows shorter than the text, wherever there are any.
+_GROUPED = {"num_key_value_heads": 2}
+_SIZED = {**_GROUPED, "head_dim": 16}
+_WINDOW = {"sliding_window": 8}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+_DENSE_FIRST = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+_LATENT = {
+    **_EXPERTS,
+    **_DENSE_FIRST,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "topk_method": "greedy",
+    "n_shared_experts": 1,
+}
+_SSM = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+_SHARED = {"shared_expert_intermediate_size": 32}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "afmoe": {**_SIZED, **_EXPERTS},
+    "apertus": _SIZED,
+    "arcee": _SIZED,
+    "bamba": {**_GROUPED, **_SSM, "attn_layer_indices": [1]},
+    "bitnet": _GROUPED,
+    "bloom": {},
+    "codegen": {"rotary_dim": 8},
+    "cohere": _GROUPED,
+    "cohere2": {**_GROUPED, **_WINDOW},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "ernie4_5": _SIZED,
+    "ernie4_5_moe": {**_GROUPED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    "exaone4": {**_GROUPED, **_WINDOW},
+    "falcon": {},
+    "falcon_h1": {**_GROUPED, **_SSM, "mamba_d_ssm": 128},
+    "flex_olmo": {**_GROUPED, **_EXPERTS},
+    "gemma": _SIZED,
+    "gemma2": {**_SIZED, **_WINDOW},
+    "gemma3_text": {**_SIZED, **_WINDOW},
+    "glm": _SIZED,
+    "glm4": _SIZED,
+    "glm4_moe": {**_SIZED, **_EXPERTS, **_DENSE_FIRST},
+    "glm4_moe_lite": _LATENT,
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gpt_neox": {},
+    "gpt_oss": {**_SIZED, **_EXPERTS, **_WINDOW},
+    "gptj": {"rotary_dim": 8},
+    "granite": _GROUPED,
+    "granitemoe": {**_GROUPED, **_EXPERTS},
+    "hunyuan_v1_dense": _SIZED,
+    "jais2": _SIZED,
+    "jamba": {
+        **_GROUPED,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "jetmoe": {},
+    "laguna": {**_SIZED, **_EXPERTS},
+    "lfm2": {**_GROUPED, "layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {
+        **_GROUPED,
+        **_EXPERTS,
+        "layer_types": ["conv", "full_attention"],
+        "num_dense_layers": 1,
+    },
+    "llama": _SIZED,
+    "llama4_text": {**_SIZED, **_EXPERTS, "intermediate_size_mlp": 128},
+    "minimax_m2": {**_SIZED, **_EXPERTS},
+    "ministral3": _SIZED,
+    "mistral": {**_SIZED, **_WINDOW},
+    "mixtral": {**_SIZED, **_EXPERTS},
+    "modernbert-decoder": {},
+    "mpt": {},
+    "nanochat": _SIZED,
+    "nemotron": _SIZED,
+    "olmo": _GROUPED,
+    "olmo2": _GROUPED,
+    "olmo3": {**_GROUPED, **_WINDOW},
+    "olmo_hybrid": _GROUPED,
+    "olmoe": {**_GROUPED, **_EXPERTS},
+    "openai-gpt": {},
+    "opt": {"word_embed_proj_dim": 64, "ffn_dim": 128},
+    "phi": _GROUPED,
+    "phi3": _GROUPED,
+    "qwen2": _GROUPED,
+    "qwen2_moe": {**_GROUPED, **_EXPERTS, **_SHARED},
+    "qwen3": _SIZED,
+    "qwen3_5_text": {**_SIZED, "layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_moe": {**_SIZED, **_EXPERTS},
+    "qwen3_next": {
+        **_SIZED,
+        **_EXPERTS,
+        **_SHARED,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "seed_oss": _SIZED,
+    "smollm3": _GROUPED,
+    "stablelm": _GROUPED,
+    "starcoder2": _GROUPED,
+    "vaultgemma": {**_SIZED, **_WINDOW},
+    "xglm": {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 128},
+    "youtu": _LATENT,
+}
+
+# Read for their heads, but not for their stream: where it is hooked is not one place in the model.
+NO_STREAM = {
+    "nanochat": "the final norm's module is used twice a pass",
+    "openai-gpt": "blocks end in a norm that no hook of the stream passes through",
+}
+
+# Read in float32 only. Of some, TransformerBridge shows the attention only after it was rounded;
+# others it cannot run in a half format at all, because its rotation returns float32.
+ROUNDED = {
+    "afmoe",
+    "gpt_neo",
+    "gptj",
+    "jamba",
+    "jetmoe",
+    "laguna",
+    "llama4_text",
+    "modernbert-decoder",
+    "nanochat",
+    "olmo_hybrid",
+    "opt",
+    "xglm",
+}
+NO_HALF_RUN = {"flex_olmo", "olmo", "olmo2", "olmo3"}
+
+
+@contextmanager
+def built(family: str) -> Iterator[Path]:
+    """A folder with the tiny random model of a family."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_tiny(family, FAMILIES[family], Path(folder))
+        yield Path(folder)
+
+
+def table() -> str:
+    """The page of architectures, from what each family turns out to be when it is examined."""
+    lines = [
+        "# Architectures",
+        "",
+        "Decoder-only families whose heads the tests read from a tiny random model, and find equal",
+        "to the attention that transformers itself computes, alone and in a padded batch. Written",
+        "by `python tests/families.py`; a test keeps it true.",
+        "",
+        "| family | class | attention | half formats | residual stream |",
+        "|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        with built(family) as folder:
+            model = eyechart.load(str(folder), device="cpu")
+            found = eyechart.attention_statistics(model, "Some text.")
+            facts = facts_of(model)
+        said = "every block" if len(facts.attention_layers) == facts.n_layers else "hybrid"
+        if found.virtual_sink is not None:
+            said += ", learned sinks"
+        stream = f"refused: {NO_STREAM[family]}" if family in NO_STREAM else "yes"
+        half = "float32 only" if family in ROUNDED | NO_HALF_RUN else "yes"
+        lines.append(f"| {family} | {facts.architecture} | {said} | {half} | {stream} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table(), encoding="utf-8")
