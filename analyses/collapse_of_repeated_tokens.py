@@ -46,7 +46,6 @@ def last_token(model: TransformerBridge, prompt: Sequences) -> Float[Tensor, " d
     with torch.no_grad():
         model.run_with_hooks(
             prompt.tokens.to(model.cfg.device),
-            attention_mask=prompt.mask.long().to(model.cfg.device),
             fwd_hooks=[("ln_final.hook_out", read)],
             return_type=None,
         )

@@ -10,16 +10,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Before the first import of eyechart.
 install_import_hook("eyechart", "typechecking.checked")
 
-from collections.abc import Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from handmade import write_handmade  # noqa: E402
+import pytest
+import torch
+from handmade import write_handmade
 
-import eyechart  # noqa: E402
-from eyechart.models import CATALOGUE, DEFAULT_MODEL  # noqa: E402
+import eyechart
+from eyechart.models import CATALOGUE, DEFAULT_MODEL
 
 TINY = sorted(name for name in CATALOGUE if name.startswith("tiny-random-"))
 

@@ -141,7 +141,11 @@ def report(
         from eyechart.results import Exam
 
         target = out or (result if result.is_dir() else result.parent) / "report.html"
-        typer.echo(_written(write_report, Exam.open(result), target))
+        found = Exam.open(result)
+        try:
+            typer.echo(write_report(found, target))
+        except OSError as problem:
+            raise UsageError(f"cannot write {str(target)!r}: {problem}") from problem
 
 
 def _version(asked: bool) -> bool:
@@ -192,23 +196,17 @@ def _keep(result: "Exam", out: Path) -> Path:
     """Save data and report; if the folder fails after all, save elsewhere rather than lose them."""
     from eyechart.report import write_report
 
-    folder = out
-    try:
+    def keep(folder: Path) -> Path:
         result.save(folder)
         write_report(result, folder / "report.html")
+        return folder
+
+    try:
+        return keep(out)
     except OSError as problem:
         folder = Path(tempfile.mkdtemp(prefix="eyechart-"))
         _say(f"could not save to {str(out)!r} ({problem}); saving to {str(folder)!r} instead")
-        result.save(folder)
-        write_report(result, folder / "report.html")
-    return folder
-
-
-def _written(write: Any, result: "Exam", target: Path) -> Path:
-    try:
-        return write(result, target)
-    except OSError as problem:
-        raise UsageError(f"cannot write {str(target)!r}: {problem}") from problem
+        return keep(folder)
 
 
 def _print_exam(result: "Exam", folder: Path, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from eyechart.models import facts_of
 from eyechart.probes import Probe, capture
 from eyechart.residual import ResidualProbe
 from eyechart.results import (
+    PATTERN_TOKENS,
     AttentionPatterns,
     AttentionStatistics,
     Exam,
@@ -26,9 +27,6 @@ from eyechart.results.files import ensure_writable
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-PATTERN_TOKENS = 256
-"""Patterns are for looking at; beyond this length pages explode and eyes give up."""
 
 T = TypeVar("T")
 

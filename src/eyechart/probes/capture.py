@@ -106,7 +106,6 @@ def _run_in_parts(
                 raise
             size = (size + 1) // 2
             notes.append(f"out of memory: batch halved to {size} sequences")
-            torch.cuda.empty_cache()
         else:
             parts.append(run.kept)
             counts.update(run.fired_by_site())

@@ -100,13 +100,11 @@ def hook_names(model: "TransformerBridge", site: str) -> dict[int | None, str]:
     """
     if site not in SITES:
         raise UsageError(f"unknown site {site!r}; there are {', '.join(SITES)}")
-    known, place = model.hook_dict, SITES[site]
-    layers: list[int | None] = list(range(int(model.cfg.n_layers))) if place.per_layer else [None]
-    found = {layer: name for layer in layers if (name := place.hook.format(layer=layer)) in known}
+    found = _hooks(model, site)
     if not found:
-        here = [name for name in SITES if any(_names(model, name))]
+        here = [name for name in SITES if has_site(model, name)]
         raise CaptureError(
-            f"{model.cfg.architecture} has no site {site!r} ({place.about}); it has "
+            f"{model.cfg.architecture} has no site {site!r} ({SITES[site].about}); it has "
             f"{', '.join(here)}."
         )
     return found
@@ -114,13 +112,13 @@ def hook_names(model: "TransformerBridge", site: str) -> dict[int | None, str]:
 
 def has_site(model: "TransformerBridge", site: str) -> bool:
     """Whether this model has a hook for the site in any layer."""
-    return any(_names(model, site))
+    return bool(_hooks(model, site))
 
 
-def _names(model: "TransformerBridge", site: str) -> list[str]:
+def _hooks(model: "TransformerBridge", site: str) -> dict[int | None, str]:
     known, place = model.hook_dict, SITES[site]
-    names = (place.hook.format(layer=layer) for layer in range(int(model.cfg.n_layers)))
-    return [name for name in names if name in known]
+    layers: list[int | None] = list(range(int(model.cfg.n_layers))) if place.per_layer else [None]
+    return {layer: name for layer in layers if (name := place.hook.format(layer=layer)) in known}
 
 
 def exact_pattern(

@@ -7,11 +7,8 @@ are. The bundle takes tokens as data and draws them on a canvas.
 from importlib import resources
 from typing import Any, NamedTuple
 
-from eyechart.results import AttentionPatterns, head_name
+from eyechart.results import PATTERN_TOKENS, AttentionPatterns, head_name
 from eyechart.results.figures import visible
-
-TOKENS = 256
-"""More than this many tokens are neither quick to draw nor possible to read."""
 
 FULL_COLOUR = 0.5
 """Mass from which the colour is at its strongest; on a scale up to 1, broad heads look empty."""
@@ -47,8 +44,8 @@ def scripts() -> tuple[str, str]:
 
 
 def attention_view(patterns: AttentionPatterns) -> AttentionView:
-    """Prepare the first sequence's patterns, at most :data:`TOKENS` tokens, to four decimals."""
-    labels = patterns.sequences.labels[0][:TOKENS]
+    """The first sequence's patterns, at most :data:`PATTERN_TOKENS` tokens, to four decimals."""
+    labels = patterns.sequences.labels[0][:PATTERN_TOKENS]
     shown = len(labels)
     return AttentionView(
         props={

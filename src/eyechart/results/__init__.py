@@ -1,6 +1,12 @@
 """Results: frozen, saved whole or not at all, and free of any model."""
 
-from eyechart.results.attention import LEADERS, STATISTICS, AttentionPatterns, AttentionStatistics
+from eyechart.results.attention import (
+    LEADERS,
+    PATTERN_TOKENS,
+    STATISTICS,
+    AttentionPatterns,
+    AttentionStatistics,
+)
 from eyechart.results.base import Provenance, Result, head_name, open_result
 from eyechart.results.collapse import CollapseCurve
 from eyechart.results.exam import Exam
@@ -9,6 +15,7 @@ from eyechart.results.sequences import Sequences
 
 __all__ = [
     "LEADERS",
+    "PATTERN_TOKENS",
     "STATISTICS",
     "AttentionPatterns",
     "AttentionStatistics",

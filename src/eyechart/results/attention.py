@@ -27,6 +27,9 @@ STATISTICS: tuple[Statistic, ...] = (
     "distance",
 )
 
+PATTERN_TOKENS = 256
+"""Patterns are for looking at; beyond this length pages explode and eyes give up."""
+
 # What a reader wants first: the statistic, its key in summaries, and the heads it finds.
 LEADERS: tuple[tuple[Statistic, str, str], ...] = (
     ("first", "sinks", "strongest sinks"),
@@ -92,6 +95,11 @@ class AttentionStatistics(Result):
             if value > -torch.inf
         )
 
+    @property
+    def sink_length(self) -> int:
+        """Length at which to state the sink rate: 64 as published, or what the sequences allow."""
+        return min(64, *self.sequences.lengths)
+
     def sink_rate(self, eps: float = 0.3, length: int | None = None) -> float:
         """Share of heads whose mean mass on the first token exceeds ``eps``.
 
@@ -137,7 +145,7 @@ class AttentionStatistics(Result):
 
     def lines(self) -> tuple[str, ...]:
         """Sink rate and the head that leads each statistic."""
-        length = min(64, *self.sequences.lengths)
+        length = self.sink_length
         said = [f"sink rate {self.sink_rate(length=length):.2f} (eps 0.3, first {length} tokens)"]
         for name, _, words in LEADERS:
             heads = ", ".join(

@@ -42,7 +42,7 @@ class Exam(Result):
             "failures": dict(self.failures),
         }
         if self.attention is not None:
-            length = min(64, *self.sequences.lengths)
+            length = self.attention.sink_length
             said["sink_rate"] = {
                 "value": self.attention.sink_rate(length=length),
                 "eps": 0.3,
