@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import eyechart
-from eyechart.attention.pattern import reduce_pattern
+from eyechart.attention.probe import reduce_pattern
 from eyechart.errors import UsageError
+from eyechart.kernels import seers
 from eyechart.models import CATALOGUE
 from eyechart.results import STATISTICS
 from eyechart.sequences import BUILT_IN_PROMPT
@@ -90,9 +91,11 @@ def test_statistics_equal_their_definitions(length, cut, seed):
     pattern = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     lengths = [length, min(cut, length)]
     mask = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
-    found = reduce_pattern(pattern, mask)
+    found = reduce_pattern(pattern, torch.zeros_like(mask, dtype=torch.long), mask)
+    found["received"] = found["received"] / seers(mask)[:, None]
     for name, value in naive(pattern, lengths).items():
-        torch.testing.assert_close(found[name], value, atol=1e-12, rtol=0, equal_nan=True)
+        real = mask[:, None].expand_as(value)
+        torch.testing.assert_close(found[name][real], value[real], atol=1e-12, rtol=0)
 
 
 def test_averages_leave_out_the_trivial_first_query(handmade):
@@ -186,8 +189,8 @@ def test_default_model_has_the_heads_it_is_known_for(default_model):
 def test_float64_accumulation_and_bad_arguments(llama):
     wide = eyechart.attention_statistics(llama, "hello", accumulate="float64")
     assert wide.entropy.dtype == torch.float64
-    with pytest.raises(UsageError, match="unknown backend 'fused'"):
-        eyechart.attention_statistics(llama, "hello", backend="fused")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="unknown backend 'flash'"):
+        eyechart.attention_statistics(llama, "hello", backend="flash")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="float16"):
         eyechart.attention_statistics(llama, "hello", accumulate="float16")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="unknown statistic 'sink'"):

@@ -60,7 +60,9 @@ def test_pattern_times_values_is_z_and_only_with_interleaved_groups(llama):
 @pytest.mark.parametrize("name", TINY)
 def test_every_declared_site_fires_or_is_refused(name):
     model = eyechart.load(name, device="cpu")
-    for site in SITES:
+    with pytest.raises(UsageError, match="hands over an AttentionCall"):
+        capture(model, IDS, [Record("attention")])
+    for site in SITES.keys() - {"attention"}:
         if not has_site(model, site) and "{layer}" in SITES[site].hook:
             with pytest.raises(CaptureError, match="has no site"):
                 capture(model, IDS, [Record(site)])

@@ -6,7 +6,7 @@ from families import FAMILIES, NO_HALF_RUN, NO_STREAM, ROUNDED, TABLE, built, ta
 from transformers import AutoModelForCausalLM
 
 import eyechart
-from eyechart.attention.pattern import reduce_pattern
+from eyechart.attention.probe import reduce_pattern
 from eyechart.errors import CaptureError
 from eyechart.results import STATISTICS
 

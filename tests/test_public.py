@@ -25,6 +25,7 @@ PUBLIC = {
     "open_result",
     "residual_norms",
     "sequences",
+    "targets",
 }
 
 # Each room may import from the rooms named; errors are open to all.
@@ -32,8 +33,10 @@ MAY_IMPORT = {
     "results": set(),
     "models": {"results"},
     "sequences": {"results", "models"},
-    "probes": {"results", "models", "sequences"},
-    "attention": {"results", "models", "sequences", "probes"},
+    "targets": {"results", "sequences"},
+    "kernels": {"models", "targets"},
+    "probes": {"results", "models", "sequences", "kernels"},
+    "attention": {"results", "models", "sequences", "targets", "kernels", "probes"},
     "residual": {"results", "models", "sequences", "probes"},
     "collapse": {"results", "models", "sequences", "probes"},
     "examine": {"results", "models", "sequences", "probes", "attention", "residual", "collapse"},

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from eyechart import sequences as sequences
+    from eyechart import targets as targets
     from eyechart.attention import attention_statistics as attention_statistics
     from eyechart.collapse import collapse_curve as collapse_curve
     from eyechart.errors import EyechartError as EyechartError
@@ -34,7 +35,7 @@ _HOME = {
     "open_result": "eyechart.results",
     "EyechartError": "eyechart.errors",
 }
-_MODULES = ("sequences",)
+_MODULES = ("sequences", "targets")
 
 __all__ = [
     "EyechartError",
@@ -48,6 +49,7 @@ __all__ = [
     "open_result",
     "residual_norms",
     "sequences",
+    "targets",
 ]
 
 

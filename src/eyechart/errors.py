@@ -44,3 +44,7 @@ class CaptureError(EyechartError):
 
 class ResultError(EyechartError):
     """A saved result cannot be opened: missing, incomplete, or of an unknown kind."""
+
+
+class FallbackWarning(UserWarning):
+    """A slower exact way was taken than the one asked for; the result says where and why."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eyechart import sequences as sequencing
-from eyechart.attention import AttentionProbe, PatternProbe
+from eyechart.attention import AttentionProbe, PatternProbe, warn_of_fallback, wins
 from eyechart.collapse import collapse_curve
 from eyechart.errors import EyechartError
 from eyechart.models import facts_of
@@ -88,7 +88,7 @@ def exam(
     def look(*probes: Probe[Any]) -> tuple[Any, ...]:
         return capture(model, prepared, probes, batch_size=batch_size, seed=seed)
 
-    heads, stream = AttentionProbe(facts.n_layers), ResidualProbe()
+    heads, stream = AttentionProbe(facts.n_layers, fused=wins(facts, prepared)), ResidualProbe()
     both = attempt("attention", lambda: look(heads, stream))
     if both is None:
         # One of the two may be what fails (patterns need far more memory): keep the other.
@@ -101,6 +101,7 @@ def exam(
     residual: ResidualNorms | None = both[1]
     patterns: AttentionPatterns | None = None
     if attention is not None:
+        warn_of_fallback(attention)
         chosen = striking_heads(attention)
         short = prepared.first_tokens(PATTERN_TOKENS)
         probe = PatternProbe(tuple(chosen), tuple(chosen.values()))

@@ -6,28 +6,25 @@ not fire exactly once on every layer that has it gets no result but an error, be
 would look right and be wrong.
 """
 
-import inspect
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from eyechart import sequences as sequencing
-from eyechart.errors import CaptureError, InputError, NonFiniteError, UsageError
+from eyechart.errors import InputError, UsageError
 from eyechart.models.facts import facts_of
-from eyechart.probes.probe import Look, Observations, Probe
+from eyechart.probes.forward import Kept, Pass, Wanted
+from eyechart.probes.plan import fusable
+from eyechart.probes.probe import Observations, Probe
 from eyechart.probes.provenance import Meter, provenance_of
-from eyechart.probes.sites import exact_pattern, hook_names
+from eyechart.probes.seam import UnfusableError
 from eyechart.results.sequences import Sequences
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-Place = tuple[str, int | None]
 
 
 def capture(
@@ -71,166 +68,94 @@ def capture(
             "call model.eval() first."
         )
     wanted = [(probe, tuple(dict.fromkeys(probe.sites(model)))) for probe in probes]
-    counts: Counter[str] = Counter()
-    notes: list[str] = []
+    sites = {site for _, seen in wanted for site in seen}
+    fused: frozenset[int] = frozenset()
+    reasons: dict[int, str] = {}
+    if "attention" in sites:
+        fused, reasons = fusable(model, facts, sorted(sites))
+    runs = _Runs(model, prepared, wanted, fused, reasons)
     meter = Meter(facts.device)
     with meter:
-        parts, passes = _run_in_parts(model, prepared, wanted, batch_size, counts, notes)
+        runs.run(batch_size)
     provenance = provenance_of(
-        facts, prepared, meter, hooks=dict(counts), passes=passes, seed=seed, notes=tuple(notes)
+        facts,
+        prepared,
+        meter,
+        attention=runs.attention,
+        hooks=dict(runs.counts),
+        passes=len(runs.parts),
+        seed=seed,
+        notes=tuple(runs.notes),
     )
     return tuple(
-        probe.result(_joined([part[index] for part in parts]), prepared, provenance)
+        probe.result(runs.observations(index), prepared, provenance)
         for index, probe in enumerate(probes)
     )
 
 
-def _run_in_parts(
-    model: "TransformerBridge",
-    prepared: Sequences,
-    wanted: Sequence[tuple[Probe[Any], tuple[str, ...]]],
-    batch_size: int | None,
-    counts: Counter[str],
-    notes: list[str],
-) -> tuple[list[list["_Kept"]], int]:
-    total = len(prepared.lengths)
-    size, start = min(batch_size or total, total), 0
-    parts: list[list[_Kept]] = []
-    while start < total:
-        rows = prepared.rows(start, min(start + size, total))
-        run = _Pass(model, rows, wanted)
-        try:
-            run.forward()
-        except RuntimeError as problem:
-            if size == 1 or not _is_out_of_memory(problem):
-                raise
-            size = (size + 1) // 2
-            notes.append(f"out of memory: batch halved to {size} sequences")
-        else:
-            parts.append(run.kept)
-            counts.update(run.fired_by_site())
-            start += size
-    return parts, len(parts)
-
-
-def _is_out_of_memory(problem: RuntimeError) -> bool:
-    # The CPU's allocator has no exception of its own.
-    return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
-
-
-_Kept = dict[tuple[str, str], dict[int | None, Tensor]]
-
-
-def _joined(parts: list[_Kept]) -> Observations:
-    first = parts[0]
-    return Observations(
-        {
-            key: {layer: torch.cat([part[key][layer] for part in parts]) for layer in by_layer}
-            for key, by_layer in first.items()
-        }
-    )
-
-
 @dataclass
-class _Pass:
-    """The state of one forward pass."""
+class _Runs:
+    """As many passes as the batch takes, and what came of them."""
 
     model: "TransformerBridge"
-    rows: Sequences
-    wanted: Sequence[tuple[Probe[Any], tuple[str, ...]]]
-    fired: Counter[Place] = field(default_factory=Counter)
-    scores: dict[int, Tensor] = field(default_factory=dict)
+    prepared: Sequences
+    wanted: Wanted
+    fused: frozenset[int]
+    reasons: dict[int, str]
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    parts: list[list[Kept]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.kept: list[_Kept] = [defaultdict(dict) for _ in self.wanted]
-        device = self.model.cfg.device
-        self.tokens, self.mask = self.rows.tokens.to(device), self.rows.mask.to(device)
-        self.lookers: dict[str, list[int]] = defaultdict(list)
-        for index, (_, sites) in enumerate(self.wanted):
-            for site in sites:
-                self.lookers[site].append(index)
-        needed = set(self.lookers)
-        half = (torch.float16, torch.bfloat16)
-        if "pattern" in needed and any(p.dtype in half for p in self.model.parameters()):
-            needed.add("scores")
-        if "scores" in needed:
-            needed.add("pattern")  # to see which comes first
-        self.needed = self._places(needed)
-        # The residual stream is always watched, so that NaN stops the pass where it appears.
-        self.places = self.needed | self._places({"resid_post"})
+    def run(self, batch_size: int | None) -> None:
+        total = len(self.prepared.lengths)
+        size, start = min(batch_size or total, total), 0
+        while start < total:
+            rows = self.prepared.rows(start, min(start + size, total))
+            one = Pass(self.model, rows, self.wanted, self.fused)
+            try:
+                one.forward()
+            except UnfusableError as problem:
+                # Something a short rehearsal does not show: all over again, so that the parts of
+                # one result are computed alike.
+                self._read_pattern(problem)
+                self.parts.clear()
+                self.counts.clear()
+                start = 0
+            except (RuntimeError, MemoryError) as problem:
+                if size == 1 or not _is_out_of_memory(problem):
+                    raise
+                size = (size + 1) // 2
+                self.notes.append(f"out of memory: batch halved to {size} sequences")
+            else:
+                one.check_fired()
+                self.parts.append(one.kept)
+                self.counts.update(one.fired_by_site())
+                start += size
 
-    def _places(self, sites: set[str]) -> dict[Place, str]:
-        return {
-            (site, layer): name
-            for site in sites
-            for layer, name in hook_names(self.model, site).items()
+    @property
+    def attention(self) -> str:
+        """How attention was computed, for the provenance."""
+        if not self.fused:
+            return "pattern"
+        return "fused, pattern" if self.reasons else "fused"
+
+    def observations(self, index: int) -> Observations:
+        """What one probe kept, over all passes."""
+        parts = [part[index] for part in self.parts]
+        kept = {
+            key: {layer: torch.cat([part[key][layer] for part in parts]) for layer in by_layer}
+            for key, by_layer in parts[0].items()
         }
+        return Observations(kept, self.fused, self.reasons)
 
-    def forward(self) -> None:
-        hooks = [(name, partial(self._see, place)) for place, name in self.places.items()]
-        options: dict[str, Any] = {}
-        accepted = inspect.signature(type(self.model.original_model).forward).parameters
-        if "use_cache" in accepted:
-            options["use_cache"] = False
-        if "logits" not in self.lookers and "logits_to_keep" in accepted:
-            options["logits_to_keep"] = 1  # nobody looks at the others
-        # No attention mask: under causal attention no real token sees the padding after it, and
-        # some architectures lose their causal mask when they are given one for the padding.
-        with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
-            self.model(self.tokens, return_type=None, **options)
-        self._check_fired()
+    def _read_pattern(self, problem: UnfusableError) -> None:
+        layers = self.fused if problem.layer is None else {problem.layer}
+        self.reasons |= dict.fromkeys(layers, problem.reason)
+        self.fused -= layers
 
-    def fired_by_site(self) -> dict[str, int]:
-        by_site: Counter[str] = Counter()
-        for (site, _), times in self.fired.items():
-            by_site[site] += times
-        return dict(by_site)
 
-    def _see(self, place: Place, activation: Tensor, hook: Any) -> None:
-        site, layer = place
-        self.fired[place] += 1
-        if site == "resid_post":
-            self._refuse_non_finite(activation, layer)
-        if site == "scores":
-            assert layer is not None
-            if self.fired["pattern", layer]:
-                raise CaptureError(
-                    f"layer {layer}: what {self.model.cfg.architecture} hands over as scores comes "
-                    "after the softmax, so there are no scores to be had here."
-                )
-            self.scores[layer] = activation
-        sinks = None
-        if site == "pattern":
-            assert layer is not None
-            sinks = getattr(self.model.blocks[layer].attn.original_component, "sinks", None)
-            activation = exact_pattern(activation, self.scores.pop(layer, None), sinks, layer)
-        look = Look(site, layer, self.mask.to(activation.device), sinks)
-        for index in self.lookers.get(site, ()):
-            for name, value in self.wanted[index][0].observe(activation, look).items():
-                self.kept[index][site, name][layer] = value.detach().cpu()
-
-    def _refuse_non_finite(self, activation: Tensor, layer: int | None) -> None:
-        # Padding may hold anything; only what real tokens carry counts.
-        padding = ~self.mask.to(activation.device)[..., None]
-        if not activation.masked_fill(padding, 0).isfinite().all():
-            raise NonFiniteError(
-                f"the residual stream of {self.model.cfg.model_name} holds NaN or infinity after "
-                f"layer {layer}. In float16 this is usually overflow: load the model in float32 or "
-                "bfloat16. Otherwise look at that layer's weights."
-            )
-
-    def _check_fired(self) -> None:
-        wrong = {place: self.fired[place] for place in self.needed if self.fired[place] != 1}
-        if wrong:
-            said = ", ".join(
-                f"{site} of layer {layer} {times} times"
-                if layer is not None
-                else f"{site} {times} times"
-                for (site, layer), times in list(wrong.items())[:4]
-            )
-            raise CaptureError(
-                f"{len(wrong)} of {len(self.needed)} hooks did not fire exactly once ({said}"
-                f"{', ...' if len(wrong) > 4 else ''}): {self.model.cfg.architecture} declares "
-                "them but passes through them never or repeatedly, so what they carry cannot be "
-                "tied to one place in the model."
-            )
+def _is_out_of_memory(problem: BaseException) -> bool:
+    # The CPU's allocator has no exception of its own.
+    return isinstance(problem, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in str(problem)
+    )

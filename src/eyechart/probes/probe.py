@@ -1,12 +1,12 @@
 """What a probe is, and a ready-made one that records any site."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from eyechart.errors import CaptureError, UsageError
@@ -28,20 +28,32 @@ class Look:
         site: Name of the site.
         layer: Block, None outside the blocks.
         mask: True on real tokens, on the activation's device.
-        sinks: The layer's learned sink logits, where it has them and the site is "pattern".
+        tokens: Token ids, likewise.
+        sinks: The layer's learned sink logits, where it has them and the activation is a pattern.
     """
 
     site: str
     layer: int | None
     mask: Bool[Tensor, "batch position"]
+    tokens: Int[Tensor, "batch position"]
     sinks: Tensor | None = None
 
 
 class Observations:
-    """What a probe kept, over all layers and sequences."""
+    """What a probe kept, over all layers and sequences.
 
-    def __init__(self, kept: Mapping[tuple[str, str], Mapping[int | None, Tensor]]) -> None:
-        self._kept = kept
+    Attributes:
+        fused: Layers whose attention was computed without its pattern.
+        reasons: Of the layers that were wanted so and could not be, why.
+    """
+
+    def __init__(
+        self,
+        kept: Mapping[tuple[str, str], Mapping[int | None, Tensor]],
+        fused: Collection[int] = (),
+        reasons: Mapping[int, str] | None = None,
+    ) -> None:
+        self._kept, self.fused, self.reasons = kept, frozenset(fused), dict(reasons or {})
 
     def layers(self, site: str, name: str) -> dict[int | None, Tensor]:
         """One quantity of one site by layer; empty where nothing was kept."""
@@ -85,8 +97,13 @@ class Probe(ABC, Generic[R]):
         """Names of the sites to look at (``eyechart.probes.SITES``)."""
 
     @abstractmethod
-    def observe(self, activation: Tensor, look: Look) -> Mapping[str, Tensor]:
-        """What to keep of an activation: tensors by name, batch first."""
+    def observe(self, activation: Any, look: Look) -> Mapping[str, Tensor]:
+        """What to keep of an activation: tensors by name, batch first.
+
+        The activation is a tensor, except at the site "attention": there it is an
+        :class:`eyechart.kernels.AttentionCall` whose output the probe may set (by way of
+        :func:`eyechart.kernels.attend`), or the pattern where the layer cannot do without.
+        """
 
     @abstractmethod
     def result(self, observations: Observations, sequences: Sequences, provenance: Provenance) -> R:
@@ -116,6 +133,11 @@ class Record(Probe[dict[int | None, Tensor]]):
 
     def sites(self, model: "TransformerBridge") -> Sequence[str]:
         """The one site; refuses layers that do not have it."""
+        if self.site == "attention" and self.reduce is None:
+            raise UsageError(
+                "the site 'attention' hands over an AttentionCall, which is no tensor to keep: give "
+                "a function that makes one of it, or record 'pattern', 'q', 'k' or 'v'."
+            )
         there = hook_names(model, self.site)
         absent = sorted((self.chosen or set()) - there.keys())
         if absent:

@@ -78,6 +78,12 @@ SITES: dict[str, Site] = {
         "batch head query key",
         "attention probabilities, in float32 at least (recomputed from the scores in half formats)",
     ),
+    "attention": Site(
+        "blocks.{layer}.attn.hook_pattern",
+        "AttentionCall, or batch head query key",
+        "queries, keys and values as attention meets them, so that no pattern need exist; the "
+        "pattern where a layer cannot do without",
+    ),
     "z": Site(
         "blocks.{layer}.attn.hook_z", "batch position head d_head", "each head's mixture of values"
     ),

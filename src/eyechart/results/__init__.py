@@ -2,6 +2,7 @@
 
 from eyechart.results.attention import (
     LEADERS,
+    MEASURED,
     PATTERN_TOKENS,
     STATISTICS,
     AttentionPatterns,
@@ -15,6 +16,7 @@ from eyechart.results.sequences import Sequences
 
 __all__ = [
     "LEADERS",
+    "MEASURED",
     "PATTERN_TOKENS",
     "STATISTICS",
     "AttentionPatterns",

@@ -1,6 +1,6 @@
 """Statistics of attention rows and columns, for every head; and whole patterns of a few heads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+# Of every query. A name of AttentionStatistics.masses will do wherever one of these does.
 Statistic = Literal["first", "diagonal", "previous", "entropy", "largest", "distance"]
 STATISTICS: tuple[Statistic, ...] = (
     "first",
@@ -26,6 +27,9 @@ STATISTICS: tuple[Statistic, ...] = (
     "largest",
     "distance",
 )
+
+MEASURED = (*STATISTICS, "received")
+"""Everything that can be computed of a head without naming a set of keys."""
 
 PATTERN_TOKENS = 256
 """Patterns are for looking at; beyond this length pages explode and eyes give up."""
@@ -44,7 +48,8 @@ class AttentionStatistics(Result):
     """What every attention row (query) and column (key) of every head looks at.
 
     Masses are shares of one query's attention, between 0 and 1. Padding is NaN, and so is a layer
-    that has no attention (in hybrid models), so that the layer axis always counts blocks.
+    that has no attention (in hybrid models), so that the layer axis always counts blocks, and a
+    statistic that was not asked for. Definitions: :mod:`eyechart.kernels.definitions`.
 
     Attributes:
         first: Mass on the first token.
@@ -56,7 +61,12 @@ class AttentionStatistics(Result):
         received: Mean mass a key gets from the queries that can see it; ``received[..., 0]`` is
             the importance of the first token in Gu et al., arXiv 2410.10781.
         virtual_sink: Mass on a learned sink that is no token (gpt-oss), None elsewhere.
-        backend: How each layer was computed: "pattern", or "none" where it has no attention.
+        backend: How each layer was computed: "fused" without its pattern, "pattern" by reducing it,
+            "none" where it has no attention.
+        masses: Mass on each target (:mod:`eyechart.targets`), ``[batch layer head query]`` by its
+            name.
+        computed: What was asked for of the statistics above.
+        reasons: Why a layer that was to be fused was read by its pattern; empty otherwise.
     """
 
     first: Float[Tensor, "batch layer head query"]
@@ -68,23 +78,53 @@ class AttentionStatistics(Result):
     received: Float[Tensor, "batch layer head key"]
     virtual_sink: Float[Tensor, "batch layer head query"] | None
     backend: tuple[str, ...]
+    masses: dict[str, Tensor] = field(default_factory=dict)
+    computed: tuple[str, ...] = MEASURED
+    reasons: tuple[str, ...] = ()
 
-    def by_head(self, statistic: Statistic) -> Float[Tensor, "layer head"]:
+    @property
+    def normalised_entropy(self) -> Float[Tensor, "batch layer head query"]:
+        """Entropy over log(i + 1), that of a query which looks at all it sees alike: 0 to 1.
+
+        NaN for the first query, which has no choice.
+        """
+        queries = torch.arange(self.entropy.shape[-1], dtype=self.entropy.dtype)
+        return self.entropy / queries.log1p().where(queries > 0, torch.nan)
+
+    def of_queries(self, statistic: str) -> Float[Tensor, "batch layer head query"]:
+        """One statistic, normalised entropy or mass by its name.
+
+        Raises:
+            UsageError: there is none of that name, or it was not asked for.
+        """
+        if statistic in self.masses:
+            return self.masses[statistic]
+        known = [*STATISTICS, "normalised_entropy", *self.masses]
+        if statistic not in known:
+            raise UsageError(f"unknown statistic {statistic!r}; there are {', '.join(known)}")
+        if statistic.removeprefix("normalised_") not in self.computed:
+            raise UsageError(
+                f"{statistic} was not computed; ask for it: "
+                f"attention_statistics(..., statistics={(*self.computed, statistic)})"
+            )
+        return getattr(self, statistic)
+
+    def by_head(self, statistic: Statistic | str) -> Float[Tensor, "layer head"]:
         """Mean of one statistic over queries and sequences, every query counting the same.
 
         ``first`` is averaged over all queries, as the published sink metric is. All others leave
         out the first query, which can only look at itself and so says nothing about the head.
         """
-        if statistic not in STATISTICS:
-            raise UsageError(f"unknown statistic {statistic!r}; there are {', '.join(STATISTICS)}")
-        values: Tensor = getattr(self, statistic)
+        values = self.of_queries(statistic)
         start = 0 if statistic == "first" or values.shape[-1] == 1 else 1
         together = rearrange(
             values[..., start:], "batch layer head query -> layer head (batch query)"
         )
         return together.nanmean(dim=-1)
 
-    def strongest(self, statistic: Statistic, count: int = 5) -> tuple[tuple[int, int, float], ...]:
+    def strongest(
+        self, statistic: Statistic | str, count: int = 5
+    ) -> tuple[tuple[int, int, float], ...]:
         """The heads with the largest mean of a statistic, as ``(layer, head, value)``."""
         scores = self.by_head(statistic).nan_to_num(-torch.inf)
         heads = scores.shape[1]
@@ -116,7 +156,7 @@ class AttentionStatistics(Result):
         if length is not None and not 0 < length <= min(self.sequences.lengths):
             shortest = min(self.sequences.lengths)
             raise UsageError(f"length={length}, but the shortest sequence has {shortest} tokens")
-        mean = self.first[..., :length].nanmean(dim=-1)
+        mean = self.of_queries("first")[..., :length].nanmean(dim=-1)
         return float((mean > eps)[~mean.isnan()].float().mean())
 
     def to_frame(self) -> "pd.DataFrame":
@@ -128,26 +168,29 @@ class AttentionStatistics(Result):
             {
                 "layer": torch.arange(layers).repeat_interleave(heads).numpy(),
                 "head": torch.arange(heads).repeat(layers).numpy(),
-                **{name: self.by_head(name).flatten().numpy() for name in STATISTICS},
+                **{name: self.by_head(name).flatten().numpy() for name in self._names()},
             }
         )
 
     def plot(self) -> "go.Figure":
         """Layer-by-head maps of the masses and the entropy."""
+        drawn = ("first", "diagonal", "previous", "entropy", *self.masses)
         return figures.head_maps(
-            {
-                "first": self.by_head("first"),
-                "diagonal": self.by_head("diagonal"),
-                "previous": self.by_head("previous"),
-                "entropy": self.by_head("entropy"),
-            }
+            {name: self.by_head(name) for name in self._names() if name in drawn}
         )
+
+    def _names(self) -> list[str]:
+        return [*(name for name in STATISTICS if name in self.computed), *self.masses]
 
     def lines(self) -> tuple[str, ...]:
         """Sink rate and the head that leads each statistic."""
-        length = self.sink_length
-        said = [f"sink rate {self.sink_rate(length=length):.2f} (eps 0.3, first {length} tokens)"]
-        for name, _, words in LEADERS:
+        said = []
+        if "first" in self.computed:
+            rate = self.sink_rate(length=self.sink_length)
+            said.append(f"sink rate {rate:.2f} (eps 0.3, first {self.sink_length} tokens)")
+        leaders = [(name, words) for name, _, words in LEADERS if name in self.computed]
+        leaders += [(name, f"most on {name}") for name in self.masses]
+        for name, words in leaders:
             heads = ", ".join(
                 f"{head_name(l, h)} {value:.3f}" for l, h, value in self.strongest(name, 3)
             )

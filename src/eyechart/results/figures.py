@@ -23,6 +23,11 @@ _TITLES = {
 }
 
 
+def _title(name: str) -> tuple[str, str]:
+    """Title and colour scale; what has no title of its own is the mass on a named target."""
+    return _TITLES.get(name, (f"mass on {name}", MASS))
+
+
 def visible(token: str) -> str:
     """A token as a person can read it: white space shown, control characters escaped."""
     shown = token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
@@ -38,14 +43,14 @@ def head_maps(maps: Mapping[str, Tensor]) -> "go.Figure":
         cols=len(maps),
         shared_yaxes=True,
         horizontal_spacing=0.03,
-        subplot_titles=[_TITLES[name][0] for name in maps],
+        subplot_titles=[_title(name)[0] for name in maps],
     )
     layers = max(scores.shape[0] for scores in maps.values())
     for column, (name, scores) in enumerate(maps.items(), start=1):
-        scale = _TITLES[name][1]
+        title, scale = _title(name)
         mass = scale == MASS
         last_of_scale = not mass or not any(
-            _TITLES[later][1] == MASS for later in list(maps)[column:]
+            _title(later)[1] == MASS for later in list(maps)[column:]
         )
         figure.add_trace(
             go.Heatmap(
@@ -59,7 +64,7 @@ def head_maps(maps: Mapping[str, Tensor]) -> "go.Figure":
                     "thickness": 12,
                     "x": 1.01 + 0.07 * (not mass),
                 },
-                hovertemplate="L%{y}H%{x}: %{z:.3f}<extra>" + _TITLES[name][0] + "</extra>",
+                hovertemplate="L%{y}H%{x}: %{z:.3f}<extra>" + title + "</extra>",
             ),
             row=1,
             col=column,

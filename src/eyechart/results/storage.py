@@ -106,6 +106,8 @@ def same(left: Any, right: Any) -> bool:
             same(getattr(left, field.name), getattr(right, field.name))
             for field in dataclasses.fields(left)
         )
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
     if isinstance(left, tuple):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)

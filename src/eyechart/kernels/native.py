@@ -1,0 +1,202 @@
+"""The compiled kernel of the CPU: ``rows.c``, built once with the machine's own C compiler.
+
+There is no binary to ship and none to trust: the source is compiled on first use (two seconds) for
+this very processor, kept in eyechart's cache, and tried against known answers every time it is
+loaded. Without a C compiler everything still works, through :mod:`eyechart.kernels.streamed`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eyechart.kernels.call import AttentionCall
+from eyechart.kernels.definitions import Reducer
+from eyechart.kernels.streamed import stream
+from eyechart.models.cache import cache_folder
+
+SOURCE = Path(__file__).with_name("rows.c")
+ROW_NAMES = ("first", "diagonal", "previous", "entropy", "largest", "distance", "lse")
+
+# Finite arithmetic only is not promised: a NaN must stay one.
+_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_LINK = ("-shared", "-fPIC", "-lm")
+_SEGMENTS = 8
+
+
+class _Arguments(ctypes.Structure):
+    """``Attention`` of rows.c, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        *((f"{x}_{axis}", ctypes.c_int64) for x in "qkv" for axis in ("batch", "head", "row")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "heads", "kv_heads", "length", "width", "value_width")
+        ),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("start", "sinks", "lengths", "output")),
+        *((name, ctypes.c_void_p) for name in (*ROW_NAMES, "virtual_sink", "received")),
+        ("segments", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The compiled kernel, or why there is none.
+
+    Attributes:
+        library: The loaded library, None where there is none.
+        reason: Why there is none, for the reader of a result.
+    """
+
+    library: ctypes.CDLL | None
+    reason: str = ""
+
+
+@functools.lru_cache
+def kernel() -> Kernel:
+    """The kernel of this machine: compiled, loaded and tried, once a process."""
+    return build(("-march=native", "-fopenmp"))
+
+
+def build(machine: tuple[str, ...]) -> Kernel:
+    """Compile for a machine, load and try.
+
+    Args:
+        machine: Compiler flags that name the processor and how it runs in parallel.
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc"))), None)
+    if compiler is None:
+        return Kernel(None, "no C compiler (cc or gcc) was found")
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler, machine)))
+        library.attend.restype = ctypes.c_int
+        _try(library)
+    except (OSError, subprocess.SubprocessError, RuntimeError, AttributeError) as problem:
+        said = getattr(problem, "stderr", None) or str(problem)
+        return Kernel(None, f"{compiler} gave no usable kernel: {said.strip().splitlines()[0]}")
+    return Kernel(library)
+
+
+def run(library: ctypes.CDLL, call: AttentionCall, lengths: Tensor) -> dict[str, Tensor]:
+    """All row statistics of one layer in float32, and its output.
+
+    Args:
+        library: See :func:`kernel`.
+        call: The layer's attention, on the CPU; its ``output`` is set.
+        lengths: Real tokens of each sequence.
+
+    Returns:
+        ``[batch head query]`` for every row statistic, with ``lse`` the log-sum-exp of the scores;
+        ``received`` ``[batch head key]``, a sum.
+
+    Raises:
+        MemoryError: the kernel got no memory.
+    """
+    q, k, v = (_plain(x) for x in (call.q, call.k, call.v))
+    batch, heads, length, width = q.shape
+    names = ROW_NAMES if call.sinks is None else (*ROW_NAMES, "virtual_sink")
+    rows = {name: q.new_empty(batch, heads, length) for name in names}
+    output = q.new_empty(batch, length, heads, v.shape[-1])
+    received = q.new_empty(batch, heads, _SEGMENTS, length)
+    # Kept by name until the kernel returns: it holds bare addresses.
+    whole = {"lengths": lengths.int().contiguous(), "output": output, "received": received, **rows}
+    if call.start is not None:
+        whole["start"] = call.start.int().expand(batch, length).contiguous()
+    if call.sinks is not None:
+        whole["sinks"] = call.sinks.float().contiguous()
+    arguments = _Arguments(
+        batch=batch,
+        heads=heads,
+        kv_heads=k.shape[1],
+        length=length,
+        width=width,
+        value_width=v.shape[-1],
+        scale=call.scale,
+        softcap=call.softcap or 0.0,
+        segments=_SEGMENTS,
+        threads=torch.get_num_threads(),
+        **{name: tensor.data_ptr() for name, tensor in whole.items()},
+    )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        setattr(arguments, name, tensor.data_ptr())
+        for axis, stride in zip(("batch", "head", "row"), tensor.stride(), strict=False):
+            setattr(arguments, f"{name}_{axis}", stride)
+    if library.attend(ctypes.byref(arguments)):
+        raise MemoryError("can't allocate memory for the blocks of attention rows")
+    call.output = output.to(call.v.dtype)
+    return rows | {"received": received.sum(dim=2)}
+
+
+def _plain(x: Tensor) -> Tensor:
+    x = x.detach().float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _compiled(compiler: str, machine: tuple[str, ...]) -> Path:
+    command = [compiler, *_FLAGS, *machine]
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    made_of = (SOURCE.read_text(encoding="utf-8"), repr(command), version, _processor())
+    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    library = cache_folder() / "kernels" / f"rows-{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            fresh = Path(folder) / library.name
+            subprocess.run(
+                [*command, str(SOURCE), "-o", str(fresh), *_LINK],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=120,
+            )
+            fresh.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What the compiler's idea of the native processor depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(
+        sorted({l for l in lines if l.startswith(("flags", "Features", "model name"))})
+    )
+
+
+def _try(library: ctypes.CDLL) -> None:
+    """Compare with the definitions on a small case that has everything: refuse if they differ."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 70, d, generator=draw) for h, d in ((4, 24), (2, 24), (2, 10)))
+    start = (torch.arange(70) - 30).clamp(min=0).expand(2, 70)
+    call = AttentionCall(q, k, v, 0.5, 20.0, start, torch.tensor([0.0, 1.0, -9.0, 3.0]))
+    lengths = torch.tensor([70, 41])
+    rows, output = run(library, call, lengths), call.output
+    mask = torch.arange(70) < lengths[:, None]
+    reducer = Reducer(rows.keys(), (), torch.zeros_like(mask, dtype=torch.long), mask)
+    call.output = None
+    stream(call, torch.float64, reducer)
+    truth = reducer.finish() | {"output": call.output}
+    for name, value in truth.items():
+        ours = output if name == "output" else rows[name]
+        if (
+            ours is None
+            or value is None
+            or not torch.allclose(ours.double(), value.double(), atol=1e-4)
+        ):
+            raise RuntimeError(f"{name} differs from its definition")

@@ -1,0 +1,213 @@
+"""The place where a layer's attention is computed, taken over for the length of a run.
+
+In a TransformerBridge the module that an attention component wraps hands queries, keys and values,
+after rotation and norms, to the attention function its configuration names. Inside a
+:class:`Seam` the chosen layers run that module's own forward pass with eyechart's function named,
+in place of the bridge's explicit softmax; everything around it, the residual stream and its hooks
+included, is as before. All of it is bound to this model's modules and taken back on leaving,
+whatever happens; what other models in the process do is untouched.
+"""
+
+import copy
+import types
+import weakref
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.configuration_utils import PreTrainedConfig
+
+from eyechart.errors import EyechartError
+from eyechart.kernels import AttentionCall
+from eyechart.probes.masks import IrregularMaskError, Visible, starts_of, visible
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+NAME = "eyechart"
+
+# Arguments of attention functions that change neither scores nor mask (the mask carries windows).
+_HARMLESS = {
+    "cache_position",
+    "is_causal",
+    "layer_idx",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "use_cache",
+}
+
+Handler = Callable[[int, AttentionCall], Tensor]
+
+
+class UnfusableError(EyechartError):
+    """A layer's attention is not of a kind that can be taken over.
+
+    Attributes:
+        layer: The layer, None where it concerns all.
+        reason: Why, for the reader of a result.
+    """
+
+    def __init__(self, layer: int | None, reason: str) -> None:
+        super().__init__(reason if layer is None else f"layer {layer}: {reason}")
+        self.layer, self.reason = layer, reason
+
+
+class Seam:
+    """Runs the attention of chosen layers through ``handler`` while entered.
+
+    Args:
+        model: A TransformerBridge.
+        layers: The layers to take over.
+        everywhere: Whether these are all the layers with attention, so that no n x n mask is needed
+            by anyone.
+        handler: Gets the layer and its call, returns the mixtures of values.
+    """
+
+    def __init__(
+        self,
+        model: "TransformerBridge",
+        layers: Collection[int],
+        everywhere: bool,
+        handler: Handler,
+    ) -> None:
+        self.model, self.layers, self.everywhere = model, tuple(layers), everywhere
+        self.handler = handler
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            for layer in self.layers:
+                bridge = self.model.blocks[layer].attn
+                self._take_over(undo, layer, bridge, bridge.original_component)
+            if self.everywhere and self.layers:
+                for config in _configs(self.model.original_model):
+                    undo.callback(_name_attention, config, config._attn_implementation)
+                    _name_attention(config, NAME)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._undo.close()
+
+    def _take_over(self, undo: ExitStack, layer: int, bridge: nn.Module, module: nn.Module) -> None:
+        from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+        config = getattr(module, "config", None)
+        if not isinstance(config, PreTrainedConfig):
+            raise UnfusableError(layer, "its attention keeps no configuration")
+        # Entries of __dict__, because assignment to a component may reach into what it wraps. This
+        # is the bridge's own plain forward: hook_in, the wrapped module, hook_out.
+        plain = types.MethodType(AttentionBridge.forward, bridge)
+        _set(undo, bridge, "forward", plain)
+        own = copy.deepcopy(config)
+        _name_attention(own, NAME)
+        _set(undo, module, "config", own)
+        _RUNNING[module] = (layer, self.handler)
+        undo.callback(_RUNNING.pop, module)
+
+
+_RUNNING: "weakref.WeakKeyDictionary[nn.Module, tuple[int, Handler]]" = weakref.WeakKeyDictionary()
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: object,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: object,
+) -> tuple[Tensor, None]:
+    """The attention function, in the form transformers calls it."""
+    if module not in _RUNNING:
+        raise UnfusableError(
+            None, f"{type(module).__name__} is not the module its layer is known by"
+        )
+    layer, handler = _RUNNING[module]
+    unknown = [name for name, x in options.items() if x is not None and name not in _HARMLESS]
+    if unknown:
+        raise UnfusableError(layer, f"its attention takes {', '.join(sorted(unknown))}")
+    if dropout:
+        raise UnfusableError(layer, "its attention has dropout")
+    if query.shape[2] != key.shape[2]:
+        raise UnfusableError(layer, "its queries and keys are not equally many")
+    if query.shape[1] % key.shape[1]:
+        raise UnfusableError(layer, "its heads do not divide into groups")
+    call = AttentionCall(
+        query,
+        key,
+        value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=softcap,
+        start=_start(layer, attention_mask),
+        sinks=s_aux,
+    )
+    return handler(layer, call), None
+
+
+def _start(layer: int, mask: object) -> Tensor | None:
+    try:
+        return mask.start if isinstance(mask, Visible) else _start_of_written(layer, mask)
+    except IrregularMaskError as problem:
+        raise UnfusableError(layer, str(problem)) from problem
+
+
+def _start_of_written(layer: int, mask: object) -> Tensor:
+    """From a mask that the model writes out itself, or that other layers need written out."""
+    if mask is None:
+        # Could mean causal, or that nobody asked the mask interface and a window was lost.
+        raise UnfusableError(layer, "its attention gets no mask to tell what a query sees")
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise UnfusableError(layer, f"its mask is a {type(mask).__name__}")
+    seen = mask == 0 if mask.is_floating_point() else mask.bool()
+    if mask.is_floating_point() and bool((mask[~seen] > -1e4).any()):
+        raise UnfusableError(layer, "its mask adds a bias to the scores")
+    if not bool((seen == seen[:, :1]).all()):
+        raise UnfusableError(layer, "its mask differs between heads")
+    return starts_of(seen[:, 0], 0)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, visible)
+
+
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Every configuration that the model's modules read, once."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(c): c for c in found if isinstance(c, PreTrainedConfig)}.values())
+
+
+def _name_attention(config: PreTrainedConfig, name: str | None) -> None:
+    config._attn_implementation = name
+
+
+def _set(undo: ExitStack, module: nn.Module, name: str, value: Any) -> None:
+    """Set an entry of a module's own ``__dict__``, and have it put back."""
+    missing = object()
+    before = module.__dict__.get(name, missing)
+
+    def restore() -> None:
+        if before is missing:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = before
+
+    undo.callback(restore)
+    module.__dict__[name] = value
