@@ -4,12 +4,14 @@
 """
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import eyechart
+from eyechart.errors import FallbackWarning
 from eyechart.models import facts_of
 from eyechart.models.convert import build_tiny
 
@@ -142,8 +144,8 @@ NO_STREAM = {
     "openai-gpt": "blocks end in a norm that no hook of the stream passes through",
 }
 
-# Read in float32 only. Of some, TransformerBridge shows the attention only after it was rounded;
-# others it cannot run in a half format at all, because its rotation returns float32.
+# Their pattern is read in float32 only. Of some, TransformerBridge shows it only after it was
+# rounded; others it cannot run in a half format, because its rotation returns float32.
 ROUNDED = {
     "afmoe",
     "gpt_neo",
@@ -160,6 +162,9 @@ ROUNDED = {
 }
 NO_HALF_RUN = {"flex_olmo", "olmo", "olmo2", "olmo3"}
 
+# Their attention is code of their own, so that only its explicit pattern can be read.
+UNFUSED = {"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "openai-gpt", "xglm"}
+
 
 @contextmanager
 def built(family: str) -> Iterator[Path]:
@@ -175,23 +180,36 @@ def table() -> str:
         "# Architectures",
         "",
         "Decoder-only families whose heads the tests read from a tiny random model, and find equal",
-        "to the attention that transformers itself computes, alone and in a padded batch. Written",
-        "by `python tests/families.py`; a test keeps it true.",
+        "to the attention that transformers itself computes, alone and in a padded batch, by the",
+        "explicit pattern and, where the table says fused, without it. Written by",
+        "`python tests/families.py`; a test keeps it true.",
         "",
-        "| family | class | attention | half formats | residual stream |",
-        "|---|---|---|---|---|",
+        f"{len(FAMILIES) - len(UNFUSED)} of the {len(FAMILIES)} take the fused path. The others "
+        "keep their attention in code of",
+        'their own: `backend="fused"` reads their pattern, and says so in the result and in one',
+        "warning.",
+        "",
+        "| family | class | attention | backend | half formats | residual stream |",
+        "|---|---|---|---|---|---|",
     ]
     for family in FAMILIES:
-        with built(family) as folder:
+        with built(family) as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
             model = eyechart.load(str(folder), device="cpu")
-            found = eyechart.attention_statistics(model, "Some text.")
+            found = eyechart.attention_statistics(model, "Some text.", backend="fused")
             facts = facts_of(model)
         said = "every block" if len(facts.attention_layers) == facts.n_layers else "hybrid"
         if found.virtual_sink is not None:
             said += ", learned sinks"
+        backend = ", ".join(sorted(set(found.backend) - {"none"}))
         stream = f"refused: {NO_STREAM[family]}" if family in NO_STREAM else "yes"
-        half = "float32 only" if family in ROUNDED | NO_HALF_RUN else "yes"
-        lines.append(f"| {family} | {facts.architecture} | {said} | {half} | {stream} |")
+        pattern_only_full = family in ROUNDED | NO_HALF_RUN
+        half = "yes"
+        if pattern_only_full:
+            half = "float32 only" if family in UNFUSED else "fused only"
+        lines.append(
+            f"| {family} | {facts.architecture} | {said} | {backend} | {half} | {stream} |"
+        )
     return "\n".join([*lines, ""])
 
 

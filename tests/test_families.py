@@ -2,15 +2,19 @@
 
 import pytest
 import torch
-from families import FAMILIES, NO_HALF_RUN, NO_STREAM, ROUNDED, TABLE, built, table
+from families import FAMILIES, NO_HALF_RUN, NO_STREAM, ROUNDED, TABLE, UNFUSED, built, table
 from transformers import AutoModelForCausalLM
 
 import eyechart
 from eyechart.attention.probe import reduce_pattern
 from eyechart.errors import CaptureError
+from eyechart.kernels import seers
 from eyechart.results import STATISTICS
 
 LENGTH = 21  # longer than the windows
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::eyechart.errors.FallbackWarning")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -21,23 +25,32 @@ def test_heads_are_what_transformers_computes(family):
         plain = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32
         ).eval()
-    found = eyechart.attention_statistics(model, ids)
     with torch.no_grad():
         patterns = plain(ids, output_attentions=True).attentions
     patterns = [pattern for pattern in patterns if pattern is not None]
-    layers = [layer for layer, how in enumerate(found.backend) if how == "pattern"]
-    assert len(patterns) == len(layers) >= 1
     mask = torch.ones_like(ids, dtype=torch.bool)
-    for layer, pattern in zip(layers, patterns, strict=True):
-        for name, truth in reduce_pattern(pattern, mask).items():
-            torch.testing.assert_close(getattr(found, name)[:, layer], truth, atol=2e-5, rtol=1e-4)
+    for backend in ("pattern", "fused"):
+        expected = "pattern" if family in UNFUSED else backend
+        found = eyechart.attention_statistics(model, ids, backend=backend)
+        layers = [layer for layer, how in enumerate(found.backend) if how == expected]
+        assert len(patterns) == len(layers) >= 1 and set(found.backend) <= {expected, "none"}
+        told = [reason for reason in found.reasons if reason]
+        assert len(told) == (len(layers) if backend != expected else 0)
+        for layer, pattern in zip(layers, patterns, strict=True):
+            truth = reduce_pattern(pattern, ids, mask)
+            truth["received"] /= seers(mask)[:, None]
+            for name, value in truth.items():
+                ours = getattr(found, name)[:, layer]
+                torch.testing.assert_close(ours, value, atol=2e-5, rtol=1e-4)
 
-    texts = ["A longer line of text.", "Short."]
-    together, alone = (eyechart.attention_statistics(model, t) for t in (texts, texts[1]))
-    count = alone.first.shape[-1]
-    for name in (*STATISTICS, "received"):
-        ours, theirs = getattr(together, name)[1, ..., :count], getattr(alone, name)[0]
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4, equal_nan=True)
+        texts = ["A longer line of text.", "Short."]
+        together, alone = (
+            eyechart.attention_statistics(model, t, backend=backend) for t in (texts, texts[1])
+        )
+        count = alone.first.shape[-1]
+        for name in (*STATISTICS, "received"):
+            ours, theirs = getattr(together, name)[1, ..., :count], getattr(alone, name)[0]
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4, equal_nan=True)
 
     if family in NO_STREAM:
         with pytest.raises(CaptureError, match="cannot be tied to one place"):
@@ -60,19 +73,26 @@ def test_half_formats_are_read_or_refused(family):
         )
     if family in ROUNDED:
         with pytest.raises(CaptureError, match="only after rounding it to bfloat16"):
-            eyechart.attention_statistics(half, ids)
+            eyechart.attention_statistics(half, ids, backend="pattern")
         with pytest.raises(CaptureError, match="comes after the softmax"):
             eyechart.capture(full, ids, [eyechart.Record("scores")])
-        return
     if family in NO_HALF_RUN:
         with pytest.raises(RuntimeError, match="dtype"):
+            eyechart.attention_statistics(half, ids, backend="pattern")
+    if family in ROUNDED & UNFUSED:
+        with pytest.raises(CaptureError, match="only after rounding it to bfloat16"):
             eyechart.attention_statistics(half, ids)
         return
     ours, truth = (eyechart.attention_statistics(model, ids) for model in (half, full))
+    assert family in UNFUSED or "pattern" not in ours.backend
     for name in ("first", "diagonal", "previous", "largest"):
         torch.testing.assert_close(
             getattr(ours, name), getattr(truth, name), atol=2e-2, rtol=0, equal_nan=True
         )
+
+
+def test_most_families_take_the_fused_path():
+    assert len(FAMILIES) >= 45 and len(FAMILIES) - len(UNFUSED) >= 36
 
 
 def test_the_page_of_architectures_is_true():

@@ -91,7 +91,11 @@ def assert_equal(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor],
     for name, value in found.items():
         bound = atol * (10 if name in ("entropy", "distance") else 1)
         torch.testing.assert_close(
-            value.double(), truth[name], atol=bound, rtol=10 * atol, msg=lambda m, n=name: f"{n}: {m}"
+            value.double(),
+            truth[name],
+            atol=bound,
+            rtol=10 * atol,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 

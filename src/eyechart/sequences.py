@@ -176,8 +176,8 @@ def single_token(model: "TransformerBridge", text: str) -> int:
             return after[-1]
         pieces = ", ".join(repr(piece) for piece in readable(model, ids))
         raise InputError(
-            f"{text!r} is {len(ids)} tokens in this tokenizer ({pieces}), but a repeated unit must "
-            "be exactly one. Choose a shorter one, such as '1' or ' the'."
+            f"{text!r} is {len(ids)} tokens in this tokenizer ({pieces}), but exactly one "
+            "is needed here. Choose a shorter one, such as '1' or ' the'."
         )
     return ids[0]
 

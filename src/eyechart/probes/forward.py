@@ -58,7 +58,13 @@ class Pass:
         self.needed = self._needed()
         # The residual stream is always watched, so that NaN stops the pass where it appears.
         self._hooks: dict[str, list[Place]] = defaultdict(list)
-        for place, name in (self.needed | self._places("resid_post")).items():
+        watched = self.needed | self._places("resid_post")
+        if (
+            any(self._reads_pattern(place) for place in self.needed)
+            and self._patterns_are_rounded()
+        ):
+            watched |= self._places("scores")
+        for place, name in watched.items():
             if not self._is_fused(place):
                 self._hooks[name].append(place)
 
@@ -115,12 +121,9 @@ class Pass:
         needed: dict[Place, str] = {}
         for site in self._lookers:
             needed |= self._places(site)
-        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
-        if half and any(self._reads_pattern(place) for place in needed):
-            needed |= self._places("scores")
         if "scores" in self._lookers:
             needed |= self._places("pattern")  # to see which comes first
-        return {p: name for p, name in needed.items() if not self._silenced(p)}
+        return needed
 
     def _places(self, site: str) -> dict[Place, str]:
         return {(site, layer): name for layer, name in hook_names(self.model, site).items()}
@@ -131,9 +134,9 @@ class Pass:
     def _reads_pattern(self, place: Place) -> bool:
         return place[0] in ("pattern", "attention") and not self._is_fused(place)
 
-    def _silenced(self, place: Place) -> bool:
-        # Only scores can be: they are added to go with a pattern that a fused layer does not have.
-        return place[0] == "scores" and place[1] in self.fused
+    def _patterns_are_rounded(self) -> bool:
+        # To a half format, or from float64 to the float32 that softmax is often taken in.
+        return any(p.dtype != torch.float32 for p in self.model.parameters())
 
     def _look(self, place: Place, activation: Any, sinks: Tensor | None = None) -> None:
         site, layer = place
@@ -157,7 +160,7 @@ class Pass:
         assert call.output is not None
         return call.output
 
-    def _see(self, places: list[Place], activation: Tensor, hook: Any) -> None:
+    def _see(self, places: list[Place], activation: Tensor, hook: Any) -> Tensor | None:
         exact: Tensor | None = None
         for place in places:
             site, layer = place
@@ -174,10 +177,14 @@ class Pass:
                 if exact is None:
                     exact = exact_pattern(activation, self._scores.pop(layer, None), sinks, layer)
             self._look(place, activation if exact is None else exact, sinks)
+        # A float64 model goes on with a float64 pattern, or its later layers would be float32's.
+        return exact if activation.dtype == torch.float64 else None
 
     def _keep_scores(self, activation: Tensor, layer: int | None) -> None:
         assert layer is not None
         if self.fired["pattern", layer] or self.fired["attention", layer]:
+            if "scores" not in self._lookers:
+                return  # the pattern was taken as it is, or refused
             raise CaptureError(
                 f"layer {layer}: what {self.model.cfg.architecture} hands over as scores comes "
                 "after the softmax, so there are no scores to be had here."

@@ -135,8 +135,8 @@ class Record(Probe[dict[int | None, Tensor]]):
         """The one site; refuses layers that do not have it."""
         if self.site == "attention" and self.reduce is None:
             raise UsageError(
-                "the site 'attention' hands over an AttentionCall, which is no tensor to keep: give "
-                "a function that makes one of it, or record 'pattern', 'q', 'k' or 'v'."
+                "the site 'attention' hands over an AttentionCall, which is no tensor to keep: "
+                "give a function that makes one of it, or record 'pattern', 'q', 'k' or 'v'."
             )
         there = hook_names(model, self.site)
         absent = sorted((self.chosen or set()) - there.keys())

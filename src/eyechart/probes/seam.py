@@ -107,7 +107,9 @@ class Seam:
 
         config = getattr(module, "config", None)
         if not isinstance(config, PreTrainedConfig):
-            raise UnfusableError(layer, "its attention keeps no configuration")
+            raise UnfusableError(
+                layer, "its attention is code of its own, which takes no attention function"
+            )
         # Entries of __dict__, because assignment to a component may reach into what it wraps. This
         # is the bridge's own plain forward: hook_in, the wrapped module, hook_out.
         plain = types.MethodType(AttentionBridge.forward, bridge)

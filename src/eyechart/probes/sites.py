@@ -136,26 +136,31 @@ def exact_pattern(
     """Attention probabilities in float32 at least, refused where they are not what they should be.
 
     A half-precision model rounds its pattern to its own format: 8 bits of mantissa for a quantity
-    whose rows must sum to one. The softmax is therefore taken again in float32 from the scores,
-    and must round back to what the model used.
+    whose rows must sum to one; and a float64 model often takes its softmax in float32. The softmax
+    is therefore taken again from the scores, in float32 at least, and must round back to what the
+    model used.
 
     Raises:
         CaptureError: a query sees a later key, a row does not sum to one though the layer has no
             learned sink, or in a half format the scores are not to be had or disagree.
     """
-    if pattern.dtype in (torch.float16, torch.bfloat16):
-        if scores is None:
-            raise CaptureError(
-                f"layer {layer}: this architecture shows its attention only after rounding it to "
-                f"{str(pattern.dtype).removeprefix('torch.')}. Load this model in float32."
-            )
-        rounded, logits = pattern, scores.float()
+    half = pattern.dtype in (torch.float16, torch.bfloat16)
+    if half and scores is None:
+        raise CaptureError(
+            f"layer {layer}: this architecture shows its attention only after rounding it to "
+            f"{str(pattern.dtype).removeprefix('torch.')}. Load this model in float32, or take "
+            "backend='fused'."
+        )
+    if scores is not None:
+        rounded = pattern
+        logits = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if sinks is not None:
-            column = sinks.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+            column = sinks.to(logits.dtype).reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
             logits = torch.cat([logits, column], dim=-1)
         pattern = logits.softmax(dim=-1)[..., : rounded.shape[-1]]
-        error = float((pattern - rounded.float()).abs().max())
-        if error > torch.finfo(rounded.dtype).eps:
+        error = float((pattern - rounded.to(pattern.dtype)).abs().max())
+        # Scores of some size, rounded to float32, move masses by more than float32's own epsilon.
+        if error > (torch.finfo(rounded.dtype).eps if half else 1e-5):
             raise CaptureError(
                 f"layer {layer}: the softmax of the scores differs from the model's own pattern by "
                 f"{error:.2g}, more than rounding explains. Load this model in float32."
