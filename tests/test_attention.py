@@ -194,4 +194,4 @@ def test_float64_accumulation_and_bad_arguments(llama):
     with pytest.raises(UsageError, match="float16"):
         eyechart.attention_statistics(llama, "hello", accumulate="float16")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="unknown statistic 'sink'"):
-        wide.by_head("sink")  # type: ignore[arg-type]
+        wide.by_head("sink")

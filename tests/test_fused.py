@@ -27,9 +27,9 @@ ROWS = (*STATISTICS, "received")
 
 def both(model: Any, inputs: Any = IDS, **options: Any) -> tuple[Any, Any]:
     """The fused statistics and those of the pattern."""
-    return tuple(
-        eyechart.attention_statistics(model, inputs, backend=backend, **options)
-        for backend in ("fused", "pattern")
+    return (
+        eyechart.attention_statistics(model, inputs, backend="fused", **options),
+        eyechart.attention_statistics(model, inputs, backend="pattern", **options),
     )
 
 
