@@ -17,6 +17,7 @@ result in ``benchmarks/results``. ``attention_statistics_gpu.py`` does the same 
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -209,6 +210,7 @@ def measure_peak(name: str, length: int) -> None:
     run = CONTENDERS[name]()
     run(ids[:, :64])
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that "above" is above something
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
     run(ids)

@@ -203,6 +203,7 @@ def test_a_hook_on_the_pattern_makes_that_layer_read_it(llama):
         fused, pattern = both(llama)
     assert fused.backend == ("pattern", "fused") and fused.reasons[1] == ""
     assert fused.provenance.attention == "fused, pattern"
+    assert fused.provenance.notes[0].startswith("layers 0 read by their pattern: blocks.0.attn")
     for name in ROWS:
         assert error(fused, pattern, name) < 1e-4
     assert float(fused.first[:, 0].min()) == 1
@@ -423,6 +424,8 @@ def test_an_exam_of_a_long_text_is_fused_and_the_same(llama):
     found = eyechart.exam(llama, ids, lengths=[1, 2])
     assert found.attention is not None and set(found.attention.backend) == {"fused"}
     assert not found.failures and found.patterns is not None and found.residual is not None
+    assert found.provenance.attention == "fused, pattern"
+    assert found.residual.provenance.attention == "fused"
     pattern = eyechart.attention_statistics(llama, ids, backend="pattern")
     assert found.attention.sink_rate(0.1, 64) == pattern.sink_rate(0.1, 64)
 

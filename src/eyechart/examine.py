@@ -149,16 +149,18 @@ def striking_heads(attention: AttentionStatistics) -> dict[tuple[int, int], str]
 
 def _together(parts: Sequence[Provenance], sequences: Sequences, seed: int | None) -> Provenance:
     """Costs added up; the rest is the same for all parts, which come from one model."""
+    ways = {way for part in parts for way in part.attention.split(", ")}
     hooks: Counter[str] = Counter()
     for part in parts:
         hooks.update(part.hooks)
     return dataclasses.replace(
         parts[0],
+        attention=", ".join(sorted(ways)),
         tokens=sequences.digest,
         seed=seed,
         hooks=dict(hooks),
         forward_passes=sum(part.forward_passes for part in parts),
         wall_seconds=round(sum(part.wall_seconds for part in parts), 4),
         peak_bytes=max((part.peak_bytes for part in parts if part.peak_bytes), default=None),
-        notes=tuple(note for part in parts for note in part.notes),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
     )

@@ -205,6 +205,14 @@ class AfterEarlierCopies(Target):
 def mass_on(rows: Tensor, target: Target, tokens: Int[Tensor, "batch key"], begin: int) -> Tensor:
     """Mass of attention rows ``[batch head query key]`` on a target: ``[batch head query]``."""
     chosen: Bool[Tensor, "..."] = target.keys(tokens, begin, begin + rows.shape[2])
+    # A window's keys, or the few positions of a set, are not worth a look at all the others.
+    used = chosen.flatten(0, 1).any(dim=0).nonzero()
+    if not len(used):
+        return torch.zeros_like(rows[..., 0])
+    low, high = int(used[0]), int(used[-1]) + 1
+    rows, chosen = rows[..., low:high], chosen[..., low:high]
+    if chosen.shape[1] == 1:
+        return (rows @ chosen[:, 0, :, None].to(rows.dtype)[:, None])[..., 0]
     return torch.where(chosen[:, None], rows, 0).sum(dim=-1)
 
 

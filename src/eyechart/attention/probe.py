@@ -91,12 +91,12 @@ class AttentionProbe(Probe[AttentionStatistics]):
         site = self.sites_name
         some = (*self.statistics, *(target.name for target in self.targets))[0]
         seen = observations.layers(site, some)
+        whole = observations.stack(site, some, self.n_layers)
+        blank = torch.full((), torch.nan, dtype=whole.dtype).expand(whole.shape)
 
         def stacked(name: str) -> Tensor:
             return observations.stack(site, name, self.n_layers)
 
-        blank = torch.full((), torch.nan, dtype=next(iter(seen.values())).dtype)
-        shape = stacked(some).shape
         return AttentionStatistics(
             sequences=sequences,
             provenance=provenance,
@@ -111,7 +111,7 @@ class AttentionProbe(Probe[AttentionStatistics]):
             ),
             reasons=tuple(observations.reasons.get(l, "") for l in range(self.n_layers)),
             **{
-                name: stacked(name) if name in self.statistics else blank.expand(shape)
+                name: stacked(name) if name in self.statistics else blank
                 for name in (*STATISTICS, "received")
             },
         )

@@ -86,6 +86,12 @@ def _previous(rows: Tensor, begin: int) -> Tensor:
     return before
 
 
+def _entropy(rows: Tensor, begin: int) -> Tensor:
+    # Where the mass is 0 this is 0, as the limit is; much faster than xlogy.
+    logs = rows.clamp(min=torch.finfo(rows.dtype).tiny).log_()
+    return -logs.mul_(rows).sum(dim=-1)
+
+
 def _distance(rows: Tensor, begin: int) -> Tensor:
     queries, keys = rows.shape[-2:]
     steps = torch.arange(keys, device=rows.device, dtype=rows.dtype)
@@ -97,8 +103,7 @@ _ROWS = {
     "first": lambda rows, begin: rows[..., 0].clone(),
     "diagonal": _diagonal,
     "previous": _previous,
-    # xlogy is 0 where the mass is 0, as the limit is.
-    "entropy": lambda rows, begin: -torch.xlogy(rows, rows).sum(dim=-1),
+    "entropy": _entropy,
     "largest": lambda rows, begin: rows.amax(dim=-1),
     "distance": _distance,
     "virtual_sink": lambda rows, begin: 1 - rows.sum(dim=-1),

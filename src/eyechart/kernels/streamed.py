@@ -14,8 +14,8 @@ from torch import Tensor
 from eyechart.kernels.call import AttentionCall
 from eyechart.kernels.definitions import Reducer
 
-# Scores that exist at once: few enough for the last cache of a CPU, enough to fill a GPU.
-_SCORES = {"cpu": 2**22, "cuda": 2**27}
+# Scores that exist at once: few enough for the caches of a CPU, enough to fill a GPU.
+_SCORES = {"cpu": 2**20, "cuda": 2**27}
 
 
 def stream(call: AttentionCall, accumulate: torch.dtype, reducer: Reducer | None = None) -> None:
@@ -27,14 +27,14 @@ def stream(call: AttentionCall, accumulate: torch.dtype, reducer: Reducer | None
         reducer: Takes the rows; None computes the output only.
     """
     kind = torch.promote_types(call.q.dtype, accumulate)
-    groups = call.k.shape[1]
-    values = call.v.to(kind)[:, :, None]
+    heads, groups = call.q.shape[1], call.k.shape[1]
+    values = call.v.to(kind)
     mixed: list[Tensor] = []
     for begin, low, rows in _blocks(call, kind):
         if call.output is None:
-            seen = rearrange(rows[..., low:], "b (g r) q k -> b g r q k", g=groups)
-            out = seen @ values[..., low : rows.shape[-1], :]
-            mixed.append(rearrange(out, "b g r q d -> b q (g r) d"))
+            seen = rearrange(rows[..., low:], "b (g r) q k -> b g (r q) k", g=groups)
+            out = seen @ values[:, :, low : rows.shape[-1]]
+            mixed.append(rearrange(out, "b g (r q) d -> b q (g r) d", r=heads // groups))
         if reducer is not None:
             reducer.add(begin, rows)
     if call.output is None:
@@ -47,18 +47,18 @@ def _blocks(
     """Blocks of rows: first query, first key that any of them sees, and the rows."""
     batch, heads, length, _ = call.q.shape
     groups = call.k.shape[1]
-    # Query head h reads key head h // r: heads of one group are neighbours.
-    queries = rearrange(call.q.to(kind) * call.scale, "b (g r) q d -> b g r q d", g=groups)
-    keys = call.k.to(kind)[:, :, None]
-    allowed = _SCORES.get(call.q.device.type, 2**22)
+    queries, keys = call.q.to(kind) * call.scale, call.k.to(kind).transpose(-1, -2)
+    allowed = _SCORES.get(call.q.device.type, _SCORES["cuda"])
     step = min(length, max(16, allowed // (batch * heads * length)))
     at = torch.arange(length, device=call.q.device)
     for begin in range(0, length, step):
         end = min(begin + step, length)
         start = None if call.start is None else call.start[:, begin:end]
         low = 0 if start is None else int(start.min())
-        scores = queries[..., begin:end, :] @ keys[..., low:end, :].transpose(-1, -2)
-        scores = rearrange(scores, "b g r q k -> b (g r) q k")
+        # Query head h reads key head h // r: heads of one group are neighbours.
+        block = rearrange(queries[:, :, begin:end], "b (g r) q d -> b g (r q) d", g=groups)
+        scores = block @ keys[..., low:end]
+        scores = rearrange(scores, "b g (r q) k -> b (g r) q k", q=end - begin)
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
         hidden = (at[None, low:end] > at[begin:end, None])[None]

@@ -1,7 +1,8 @@
 """One forward pass with probes attached."""
 
 from eyechart.probes.capture import capture
-from eyechart.probes.probe import Look, Observations, Probe, Record
+from eyechart.probes.kept import Observations
+from eyechart.probes.probe import Look, Probe, Record
 from eyechart.probes.sites import SITES, Site, has_site, hook_names
 from eyechart.probes.stream import StreamProbe
 

@@ -17,8 +17,9 @@ from eyechart import sequences as sequencing
 from eyechart.errors import InputError, UsageError
 from eyechart.models.facts import facts_of
 from eyechart.probes.forward import Kept, Pass, Wanted
+from eyechart.probes.kept import Observations, joined
 from eyechart.probes.plan import fusable
-from eyechart.probes.probe import Observations, Probe
+from eyechart.probes.probe import Probe
 from eyechart.probes.provenance import Meter, provenance_of
 from eyechart.probes.seam import UnfusableError
 from eyechart.results.sequences import Sequences
@@ -85,7 +86,7 @@ def capture(
         hooks=dict(runs.counts),
         passes=len(runs.parts),
         seed=seed,
-        notes=tuple(runs.notes),
+        notes=(*runs.notes, *runs.told()),
     )
     return tuple(
         probe.result(runs.observations(index), prepared, provenance)
@@ -139,13 +140,20 @@ class _Runs:
             return "pattern"
         return "fused, pattern" if self.reasons else "fused"
 
+    def told(self) -> list[str]:
+        """Why layers were read by their pattern, one note a reason."""
+        by_reason: dict[str, list[str]] = {}
+        for layer, reason in sorted(self.reasons.items()):
+            by_reason.setdefault(reason, []).append(str(layer))
+        return [
+            f"layers {', '.join(layers)} read by their pattern: {reason}"
+            for reason, layers in by_reason.items()
+        ]
+
     def observations(self, index: int) -> Observations:
         """What one probe kept, over all passes."""
         parts = [part[index] for part in self.parts]
-        kept = {
-            key: {layer: torch.cat([part[key][layer] for part in parts]) for layer in by_layer}
-            for key, by_layer in parts[0].items()
-        }
+        kept = {key: joined([part[key] for part in parts]) for key in parts[0]}
         return Observations(kept, self.fused, self.reasons)
 
     def _read_pattern(self, problem: UnfusableError) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eyechart.errors import CaptureError, NonFiniteError
 from eyechart.kernels import AttentionCall, attend
+from eyechart.probes.kept import Shelf
 from eyechart.probes.probe import Look, Probe
 from eyechart.probes.seam import Seam
 from eyechart.probes.sites import exact_pattern, hook_names
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Place = tuple[str, int | None]
 Wanted = Sequence[tuple[Probe[Any], tuple[str, ...]]]
-Kept = dict[tuple[str, str], dict[int | None, Tensor]]
+Kept = dict[tuple[str, str], Shelf]
 
 
 class Pass:
@@ -46,7 +47,7 @@ class Pass:
         fused: Collection[int] = (),
     ) -> None:
         self.model, self.wanted, self.fused = model, wanted, frozenset(fused)
-        self.kept: list[Kept] = [defaultdict(dict) for _ in wanted]
+        self.kept: list[Kept] = [{} for _ in wanted]
         self.fired: Counter[Place] = Counter()
         device = model.cfg.device
         self.tokens, self.mask = rows.tokens.to(device), rows.mask.to(device)
@@ -144,7 +145,10 @@ class Pass:
         look = Look(site, layer, self.mask.to(device), self.tokens.to(device), sinks)
         for index in self._lookers.get(site, ()):
             for name, value in self.wanted[index][0].observe(activation, look).items():
-                self.kept[index][site, name][layer] = value.detach().cpu()
+                kept = self.kept[index]
+                if (site, name) not in kept:
+                    kept[site, name] = Shelf(len(hook_names(self.model, site)))
+                kept[site, name].put(layer, value)
 
     def _attend(self, layer: int, call: AttentionCall) -> Tensor:
         self.fired["attention", layer] += 1

@@ -19,7 +19,8 @@ from eyechart.errors import CaptureError, EyechartError
 from eyechart.kernels import AttentionCall, Reducer, attend
 from eyechart.models.facts import ModelFacts
 from eyechart.probes.forward import Pass
-from eyechart.probes.probe import Look, Observations, Probe
+from eyechart.probes.kept import Observations
+from eyechart.probes.probe import Look, Probe
 from eyechart.probes.seam import UnfusableError
 from eyechart.probes.sites import has_site, hook_names
 from eyechart.results.base import Provenance
@@ -149,7 +150,7 @@ def _disagreements(
         return {}
     found: dict[int, str] = {}
     for name in _COMPARED:
-        ours, truth = (p.kept[0]["attention", name] for p in (run, explicit))
+        ours, truth = (p.kept[0]["attention", name].layers() for p in (run, explicit))
         for layer in layers:
             kind = next(model.parameters()).dtype
             differences = (ours[layer].double() - truth[layer].double()).abs()

@@ -1,15 +1,15 @@
 """What a probe is, and a ready-made one that records any site."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from eyechart.errors import CaptureError, UsageError
+from eyechart.errors import UsageError
+from eyechart.probes.kept import Observations
 from eyechart.probes.sites import hook_names
 from eyechart.results.base import Provenance
 from eyechart.results.sequences import Sequences
@@ -37,51 +37,6 @@ class Look:
     mask: Bool[Tensor, "batch position"]
     tokens: Int[Tensor, "batch position"]
     sinks: Tensor | None = None
-
-
-class Observations:
-    """What a probe kept, over all layers and sequences.
-
-    Attributes:
-        fused: Layers whose attention was computed without its pattern.
-        reasons: Of the layers that were wanted so and could not be, why.
-    """
-
-    def __init__(
-        self,
-        kept: Mapping[tuple[str, str], Mapping[int | None, Tensor]],
-        fused: Collection[int] = (),
-        reasons: Mapping[int, str] | None = None,
-    ) -> None:
-        self._kept, self.fused, self.reasons = kept, frozenset(fused), dict(reasons or {})
-
-    def layers(self, site: str, name: str) -> dict[int | None, Tensor]:
-        """One quantity of one site by layer; empty where nothing was kept."""
-        return dict(self._kept.get((site, name), {}))
-
-    def one(self, site: str, name: str) -> Tensor:
-        """A quantity that was kept at one place only."""
-        (value,) = self.layers(site, name).values()
-        return value
-
-    def stack(self, site: str, name: str, n_layers: int | None = None) -> Tensor:
-        """One quantity ``[batch layer ...]``; with ``n_layers``, blocks without it are NaN.
-
-        Raises:
-            CaptureError: layers disagree on its shape.
-        """
-        kept = self.layers(site, name)
-        shapes = {tuple(value.shape) for value in kept.values()}
-        if len(shapes) != 1:
-            raise CaptureError(
-                f"{name} at {site} has {len(shapes)} shapes over the layers ({shapes}); models "
-                "whose layers differ in size cannot be stacked."
-            )
-        some = next(iter(kept.values()))
-        order = sorted(kept, key=lambda layer: -1 if layer is None else layer)
-        places = order if n_layers is None else range(n_layers)
-        missing = torch.full_like(some, torch.nan) if len(kept) < len(places) else some
-        return torch.stack([kept.get(place, missing) for place in places], dim=1)
 
 
 class Probe(ABC, Generic[R]):

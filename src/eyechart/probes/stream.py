@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eyechart.probes.probe import Look, Observations, Probe, R
+from eyechart.probes.kept import Observations
+from eyechart.probes.probe import Look, Probe, R
 from eyechart.probes.sites import has_site
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ class Provenance:
         weights: SHA-256 over the names, shapes, types and bytes of all parameters.
         dtype: Number format of the parameters.
         device: Where the embedding lives.
-        attention: How attention was computed ("pattern": explicit softmax).
+        attention: How attention was computed: "pattern" by TransformerBridge's explicit softmax,
+            "fused" without a pattern, or both, by layer or by part.
         tokens: SHA-256 of the real tokens.
         seed: Seed of whatever was random, None where nothing was.
         hooks: Times each kind of hook fired, over all forward passes.
