@@ -2,10 +2,15 @@
 
 import os
 
+import torch
 from jaxtyping import install_import_hook
 
 # Before the libraries that read it are imported: the tests never ask a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Before anything imports triton, if it is there: without a GPU its kernels run interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Before the first import of eyechart.
 install_import_hook("eyechart", "typechecking.checked")
@@ -15,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from handmade import write_handmade
 
 import eyechart

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eyechart
 from eyechart.errors import NonFiniteError
 from eyechart.kernels import AttentionCall, Reducer, attend, native
 from eyechart.kernels.streamed import stream
+from eyechart.kernels.trial import Kernel
 from eyechart.results import MEASURED
 
 BASELINE = {"x86_64": ("-msse4.2",), "AMD64": ("-msse4.2",)}
@@ -170,11 +172,11 @@ def test_every_instruction_set_and_no_openmp_give_the_same(flags):
         "one thread": ("-march=native",),
     }[flags]
     made = native.build(chosen)
-    assert made.library is not None, made.reason
+    assert made.run is not None, made.reason
     for seed in range(12):
         call = case(seed)
         mask = padded(call)
-        rows = native.run(made.library, call, mask.sum(dim=-1))
+        rows = made.run(call, mask.sum(dim=-1))
         truth = reference(call, mask)
         assert call.output is not None
         assert_equal({n: rows[n] for n in NAMES if n in rows}, truth, 2e-6)
@@ -201,14 +203,27 @@ def test_without_a_compiler_the_numbers_are_the_same_and_the_reason_is_told(monk
     truth = reference(call, mask)
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     monkeypatch.setattr(native, "kernel", lambda: native.build(("-march=native",)))
-    assert native.kernel().library is None
+    assert native.kernel().run is None
     assert "no C compiler" in native.kernel().reason
     assert_equal(computed(call, mask), truth, 2e-6)
 
 
+def test_the_result_says_which_kernel_was_missing(monkeypatch, llama):
+    found = eyechart.attention_statistics(llama, "Some text.", backend="fused")
+    assert found.provenance.notes == ()
+    wide = eyechart.attention_statistics(llama, "Some text.", backend="fused", accumulate="float64")
+    assert "compiled kernels compute in float32" in wide.provenance.notes[0]
+    monkeypatch.setattr(native, "kernel", lambda: Kernel(None, "no C compiler was found"))
+    slow = eyechart.attention_statistics(llama, "Some text.", backend="fused")
+    assert slow.provenance.notes == (
+        "fused statistics were computed through torch: no C compiler was found",
+    )
+    torch.testing.assert_close(slow.entropy, found.entropy, atol=1e-5, rtol=1e-5)
+
+
 def test_a_compiler_that_fails_is_quoted(monkeypatch, cache):
     made = native.build(("-march=abacus",))
-    assert made.library is None and "abacus" in made.reason
+    assert made.run is None and "abacus" in made.reason
 
 
 def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, cache, tmp_path):
@@ -218,7 +233,7 @@ def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, cache, tm
     wrong.write_text(source.replace("g = h / (a->heads / a->kv_heads)", "g = h % a->kv_heads"))
     monkeypatch.setattr(native, "SOURCE", wrong)
     made = native.build(("-march=native",))
-    assert made.library is None and "differs from its definition" in made.reason
+    assert made.run is None and "differs from its definition" in made.reason
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

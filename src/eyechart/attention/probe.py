@@ -1,5 +1,6 @@
 """The probe behind :func:`eyechart.attention_statistics`: rows and columns of every head."""
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eyechart.errors import UsageError
-from eyechart.kernels import AttentionCall, Reducer, attend, seers
+from eyechart.kernels import AttentionCall, Reducer, attend, kernel_for, seers
 from eyechart.probes import Look, Observations, Probe
 from eyechart.results import MEASURED, STATISTICS, AttentionStatistics, Provenance, Sequences
 from eyechart.targets import Target
@@ -99,7 +100,7 @@ class AttentionProbe(Probe[AttentionStatistics]):
 
         return AttentionStatistics(
             sequences=sequences,
-            provenance=provenance,
+            provenance=self._noted(provenance) if observations.fused else provenance,
             virtual_sink=(
                 stacked("virtual_sink") if observations.layers(site, "virtual_sink") else None
             ),
@@ -115,6 +116,15 @@ class AttentionProbe(Probe[AttentionStatistics]):
                 for name in (*STATISTICS, "received")
             },
         )
+
+    def _noted(self, provenance: Provenance) -> Provenance:
+        """With the reason noted where no kernel written for the device did the work."""
+        device, dtype = torch.device(provenance.device), getattr(torch, provenance.dtype)
+        slower = kernel_for(device, self.accumulate, dtype).reason
+        if not slower:
+            return provenance
+        note = f"fused statistics were computed through torch: {slower}"
+        return dataclasses.replace(provenance, notes=(*provenance.notes, note))
 
     @property
     def sites_name(self) -> str:

@@ -1,5 +1,6 @@
 """The statistics of one layer's attention, by the fastest exact way this machine has."""
 
+import functools
 from collections.abc import Collection, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from eyechart.kernels import native
 from eyechart.kernels.call import AttentionCall
 from eyechart.kernels.definitions import Reducer
 from eyechart.kernels.streamed import stream
+from eyechart.kernels.trial import Kernel, tried
 from eyechart.targets import Target
 
 
@@ -42,9 +44,9 @@ def attend(
     if not bool((call.q.sum() + call.k.sum()).isfinite()):
         raise NonFiniteError("NaN or infinity among the queries or keys")
     found: dict[str, Tensor] = {}
-    library = native.kernel().library if _suits_native(call, accumulate) else None
-    if library is not None:
-        rows = native.run(library, call, mask.sum(dim=-1))
+    run = kernel_for(call.q.device, accumulate, call.q.dtype).run
+    if run is not None:
+        rows = run(call, mask.sum(dim=-1))
         found = {name: rows[name] for name in statistics if name in rows}
     left = frozenset(statistics) - found.keys()
     if left or targets:
@@ -56,14 +58,25 @@ def attend(
     return found
 
 
-def slower_because(device: str, accumulate: torch.dtype, dtype: torch.dtype) -> str | None:
-    """Why the compiled kernel is not used, None where it is."""
-    if device != "cpu":
-        return f"no compiled kernel for {device}"
+def kernel_for(device: torch.device, accumulate: torch.dtype, dtype: torch.dtype) -> Kernel:
+    """The kernel written for this device and format, or why there is none."""
     if torch.float64 in (accumulate, dtype):
-        return "the compiled kernel computes in float32"
-    return native.kernel().reason or None
+        return Kernel(None, "compiled kernels compute in float32")
+    if device.type == "cpu":
+        return native.kernel()
+    if device.type == "cuda":
+        return _gpu_kernel(device)
+    return Kernel(None, f"there is no kernel for {device.type}")
 
 
-def _suits_native(call: AttentionCall, accumulate: torch.dtype) -> bool:
-    return slower_because(call.q.device.type, accumulate, call.q.dtype) is None
+@functools.lru_cache
+def _gpu_kernel(device: torch.device) -> Kernel:
+    try:
+        from eyechart.kernels import gpu
+
+        return tried(gpu.run, device)
+    except ImportError:
+        return Kernel(None, "Triton is not installed")
+    except Exception as problem:  # whatever Triton, its compiler or the driver may throw
+        lines = str(problem).splitlines()
+        return Kernel(None, f"Triton gave no usable kernel: {lines[0] if lines else problem!r}")

@@ -13,15 +13,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from eyechart.kernels.call import AttentionCall
-from eyechart.kernels.definitions import Reducer
-from eyechart.kernels.streamed import stream
+from eyechart.kernels.trial import Kernel, tried
 from eyechart.models.cache import cache_folder
 
 SOURCE = Path(__file__).with_name("rows.c")
@@ -52,19 +50,6 @@ class _Arguments(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """The compiled kernel, or why there is none.
-
-    Attributes:
-        library: The loaded library, None where there is none.
-        reason: Why there is none, for the reader of a result.
-    """
-
-    library: ctypes.CDLL | None
-    reason: str = ""
-
-
 @functools.lru_cache
 def kernel() -> Kernel:
     """The kernel of this machine: compiled, loaded and tried, once a process."""
@@ -83,11 +68,10 @@ def build(machine: tuple[str, ...]) -> Kernel:
     try:
         library = ctypes.CDLL(str(_compiled(compiler, machine)))
         library.attend.restype = ctypes.c_int
-        _try(library)
-    except (OSError, subprocess.SubprocessError, RuntimeError, AttributeError) as problem:
+    except (OSError, subprocess.SubprocessError, AttributeError) as problem:
         said = getattr(problem, "stderr", None) or str(problem)
         return Kernel(None, f"{compiler} gave no usable kernel: {said.strip().splitlines()[0]}")
-    return Kernel(library)
+    return tried(functools.partial(run, library))
 
 
 def run(library: ctypes.CDLL, call: AttentionCall, lengths: Tensor) -> dict[str, Tensor]:
@@ -177,26 +161,3 @@ def _processor() -> str:
     return "\n".join(
         sorted({l for l in lines if l.startswith(("flags", "Features", "model name"))})
     )
-
-
-def _try(library: ctypes.CDLL) -> None:
-    """Compare with the definitions on a small case that has everything: refuse if they differ."""
-    draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, h, 70, d, generator=draw) for h, d in ((4, 24), (2, 24), (2, 10)))
-    start = (torch.arange(70) - 30).clamp(min=0).expand(2, 70)
-    call = AttentionCall(q, k, v, 0.5, 20.0, start, torch.tensor([0.0, 1.0, -9.0, 3.0]))
-    lengths = torch.tensor([70, 41])
-    rows, output = run(library, call, lengths), call.output
-    mask = torch.arange(70) < lengths[:, None]
-    reducer = Reducer(rows.keys(), (), torch.zeros_like(mask, dtype=torch.long), mask)
-    call.output = None
-    stream(call, torch.float64, reducer)
-    truth = reducer.finish() | {"output": call.output}
-    for name, value in truth.items():
-        ours = output if name == "output" else rows[name]
-        if (
-            ours is None
-            or value is None
-            or not torch.allclose(ours.double(), value.double(), atol=1e-4)
-        ):
-            raise RuntimeError(f"{name} differs from its definition")

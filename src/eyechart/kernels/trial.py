@@ -1,0 +1,56 @@
+"""A kernel is tried against known answers before anything it says is believed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eyechart.kernels.call import AttentionCall
+from eyechart.kernels.definitions import Reducer
+from eyechart.kernels.streamed import stream
+
+Run = Callable[[AttentionCall, Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that passed its trial, or why there is none.
+
+    Attributes:
+        run: Takes a layer's attention and the number of real tokens of each sequence, sets the
+            call's output and returns the statistics of rows and, as sums, of columns.
+        reason: Why there is none, for the reader of a result.
+    """
+
+    run: Run | None
+    reason: str = ""
+
+
+def tried(run: Run, device: torch.device | str = "cpu") -> Kernel:
+    """The kernel, if it equals the definitions on a small case that has everything."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, 70, width, generator=draw).to(device)
+        for heads, width in ((4, 24), (2, 24), (2, 10))
+    )
+    start = (torch.arange(70, device=device) - 30).clamp(min=0).expand(2, 70)
+    sinks = torch.tensor([0.0, 1.0, -9.0, 3.0], device=device)
+    lengths = torch.tensor([70, 41], device=device)
+    call = AttentionCall(q, k, v, 0.5, 20.0, start, sinks)
+    found = run(call, lengths)
+    found["output"] = _output(call)
+    mask = torch.arange(70, device=device) < lengths[:, None]
+    reducer = Reducer(found.keys(), (), torch.zeros_like(mask, dtype=torch.long), mask)
+    call.output = None
+    stream(call, torch.float64, reducer)
+    truth = reducer.finish() | {"output": _output(call)}
+    for name, value in truth.items():
+        if not torch.allclose(found[name].double(), value.double(), atol=1e-4):
+            return Kernel(None, f"the kernel's {name} differs from its definition")
+    return Kernel(run)
+
+
+def _output(call: AttentionCall) -> Tensor:
+    assert call.output is not None
+    return call.output
