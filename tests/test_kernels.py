@@ -244,6 +244,24 @@ def test_bad_numbers_among_keys_are_refused(bad):
         computed(call, padded(call))
 
 
+@pytest.mark.parametrize("accumulate", [torch.float32, torch.float64])
+def test_bad_numbers_in_the_padding_are_nobodys_business(accumulate):
+    call, clean = (case(9, n=65, batch=2, window=None) for _ in range(2))
+    mask = padded(call)
+    for x in (call.q, call.k):
+        x[1, :, -2:] = math.nan
+    found, truth = (computed(c, mask, accumulate) for c in (call, clean))
+    for name in MEASURED:
+        real = mask[:, None].expand_as(found[name])
+        assert torch.equal(found[name][real], truth[name][real]), name
+
+
+def test_large_numbers_in_float16_are_no_infinity():
+    call = case(4, torch.float16, n=130, width=64, gain=0.3)
+    call.q += 300  # their sum is beyond the format
+    computed(call, padded(call))
+
+
 class Largest(TorchDispatchMode):
     """Notes the largest tensor that any operation makes."""
 

@@ -15,10 +15,11 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "exam" / "manifest.json").is_file()
+    assert set(names["found"].backend) == {"fused"}  # type: ignore[attr-defined]
     assert len(names["norms"]) == 30  # type: ignore[arg-type]
 
 
