@@ -35,7 +35,9 @@ class Shelf:
         if self._room is None and not self._loose and value.nbytes < _LARGE:
             batch, *rest = value.shape
             self._room = value.new_empty((batch, self.places, *rest), device="cpu")
-        if self._room is not None and _alike(self._room[:, 0], value):
+        # A place passed twice is refused after the pass; until then it must be kept somehow.
+        room_left = len(self._shelved) < self.places
+        if self._room is not None and room_left and _alike(self._room[:, 0], value):
             self._room[:, len(self._shelved)].copy_(value)
             self._shelved.append(layer)
         else:
