@@ -240,8 +240,9 @@ def test_a_dropped_window_fails_the_rehearsal(monkeypatch):
         model = eyechart.load(str(folder), device="cpu")
     assert set(both(model)[0].backend) == {"fused"}
     forget(model)
-    everything = lambda *args, **options: masks.Visible(None)  # noqa: E731
-    monkeypatch.setitem(AttentionMaskInterface._global_mapping, seam.NAME, everything)
+    monkeypatch.setitem(
+        AttentionMaskInterface._global_mapping, seam.NAME, lambda **options: masks.Visible(None)
+    )
     with pytest.warns(FallbackWarning, match="differs from the pattern's"):
         fused, pattern = both(model)
     assert set(fused.backend) == {"pattern"} and error(fused, pattern, "first") == 0

@@ -216,7 +216,7 @@ def test_the_result_says_which_kernel_was_missing(monkeypatch, llama):
     monkeypatch.setattr(native, "kernel", lambda: Kernel(None, "no C compiler was found"))
     slow = eyechart.attention_statistics(llama, "Some text.", backend="fused")
     assert slow.provenance.notes == (
-        "fused statistics were computed through torch: no C compiler was found",
+        "fused statistics are computed through torch: no C compiler was found",
     )
     torch.testing.assert_close(slow.entropy, found.entropy, atol=1e-5, rtol=1e-5)
 

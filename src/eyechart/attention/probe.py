@@ -1,6 +1,5 @@
 """The probe behind :func:`eyechart.attention_statistics`: rows and columns of every head."""
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from eyechart.errors import UsageError
 from eyechart.kernels import AttentionCall, Reducer, attend, kernel_for, seers
+from eyechart.models import ModelFacts
 from eyechart.probes import Look, Observations, Probe
 from eyechart.results import MEASURED, STATISTICS, AttentionStatistics, Provenance, Sequences
 from eyechart.targets import Target
@@ -53,12 +53,13 @@ class AttentionProbe(Probe[AttentionStatistics]):
         if len(set(names)) < len(names):
             raise UsageError(f"two targets have the same name: {', '.join(names)}")
         self.n_layers, self.accumulate, self.fused = n_layers, accumulate, fused
+        self._sites = ("attention",) if fused else ("pattern",)
         self.statistics = tuple(name for name in MEASURED if name in statistics)
         self.targets = tuple(targets)
 
     def sites(self, model: "TransformerBridge") -> Sequence[str]:
         """Attention, or the pattern where that is asked for."""
-        return ("attention",) if self.fused else ("pattern",)
+        return self._sites
 
     def observe(self, activation: Any, look: Look) -> Mapping[str, Tensor]:
         """Row and column statistics of one layer."""
@@ -89,7 +90,7 @@ class AttentionProbe(Probe[AttentionStatistics]):
         self, observations: Observations, sequences: Sequences, provenance: Provenance
     ) -> AttentionStatistics:
         """The layers stacked; a block without attention is NaN, and so is what was not chosen."""
-        site = self.sites_name
+        (site,) = self._sites
         some = (*self.statistics, *(target.name for target in self.targets))[0]
         seen = observations.layers(site, some)
         whole = observations.stack(site, some, self.n_layers)
@@ -100,7 +101,7 @@ class AttentionProbe(Probe[AttentionStatistics]):
 
         return AttentionStatistics(
             sequences=sequences,
-            provenance=self._noted(provenance) if observations.fused else provenance,
+            provenance=provenance,
             virtual_sink=(
                 stacked("virtual_sink") if observations.layers(site, "virtual_sink") else None
             ),
@@ -117,19 +118,12 @@ class AttentionProbe(Probe[AttentionStatistics]):
             },
         )
 
-    def _noted(self, provenance: Provenance) -> Provenance:
-        """With the reason noted where no kernel written for the device did the work."""
-        device, dtype = torch.device(provenance.device), getattr(torch, provenance.dtype)
-        slower = kernel_for(device, self.accumulate, dtype).reason
-        if not slower:
-            return provenance
-        note = f"fused statistics were computed through torch: {slower}"
-        return dataclasses.replace(provenance, notes=(*provenance.notes, note))
-
-    @property
-    def sites_name(self) -> str:
-        """The one site this probe looks at."""
-        return "attention" if self.fused else "pattern"
+    def notes(self, facts: ModelFacts) -> Sequence[str]:
+        """Why no kernel written for the device does the work, where none does."""
+        if not self.fused:
+            return ()
+        slower = kernel_for(torch.device(facts.device), self.accumulate, facts.dtype).reason
+        return (f"fused statistics are computed through torch: {slower}",) if slower else ()
 
 
 def reduce_pattern(

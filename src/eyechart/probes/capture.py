@@ -86,7 +86,7 @@ def capture(
         hooks=dict(runs.counts),
         passes=len(runs.parts),
         seed=seed,
-        notes=(*runs.notes, *runs.told()),
+        notes=(*runs.notes, *runs.told(), *(n for probe in probes for n in probe.notes(facts))),
     )
     return tuple(
         probe.result(runs.observations(index), prepared, provenance)

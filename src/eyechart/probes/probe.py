@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from eyechart.errors import UsageError
+from eyechart.models.facts import ModelFacts
 from eyechart.probes.kept import Observations
 from eyechart.probes.sites import hook_names
 from eyechart.results.base import Provenance
@@ -63,6 +64,10 @@ class Probe(ABC, Generic[R]):
     @abstractmethod
     def result(self, observations: Observations, sequences: Sequences, provenance: Provenance) -> R:
         """The result, from everything kept."""
+
+    def notes(self, facts: ModelFacts) -> Sequence[str]:
+        """What a reader of the result should know of how this probe works on this model."""
+        return ()
 
 
 class Record(Probe[dict[int | None, Tensor]]):
