@@ -13,7 +13,7 @@ from eyechart.errors import CaptureError, NonFiniteError
 from eyechart.kernels import AttentionCall, attend
 from eyechart.probes.kept import Shelf
 from eyechart.probes.probe import Look, Probe
-from eyechart.probes.seam import Seam
+from eyechart.probes.seam import taken_over
 from eyechart.probes.sites import exact_pattern, hook_names
 from eyechart.results.sequences import Sequences
 
@@ -84,7 +84,7 @@ class Pass:
         if "logits" not in self._lookers and "logits_to_keep" in accepted:
             options["logits_to_keep"] = 1  # nobody looks at the others
         everywhere = not any(self._reads_pattern(place) for place in self.needed)
-        seam = Seam(self.model, sorted(self.fused), everywhere, self._attend)
+        seam = taken_over(self.model, sorted(self.fused), everywhere, self._attend)
         # No attention mask: under causal attention no real token sees the padding after it, and
         # some architectures lose their causal mask when they are given one for the padding.
         with torch.no_grad(), self.model.hooks(fwd_hooks=hooks), seam:

@@ -1,20 +1,19 @@
 """The place where a layer's attention is computed, taken over for the length of a run.
 
 In a TransformerBridge the module that an attention component wraps hands queries, keys and values,
-after rotation and norms, to the attention function its configuration names. Inside a
-:class:`Seam` the chosen layers run that module's own forward pass with eyechart's function named,
-in place of the bridge's explicit softmax; everything around it, the residual stream and its hooks
-included, is as before. All of it is bound to this model's modules and taken back on leaving,
+after rotation and norms, to the attention function its configuration names. Inside
+:func:`taken_over` the chosen layers run that module's own forward pass with eyechart's function
+named, in place of the bridge's explicit softmax; everything around it, the residual stream and its
+hooks included, is as before. All of it is bound to this model's modules and taken back on leaving,
 whatever happens; what other models in the process do is untouched.
 """
 
 import copy
 import types
 import weakref
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -60,8 +59,11 @@ class UnfusableError(EyechartError):
         self.layer, self.reason = layer, reason
 
 
-class Seam:
-    """Runs the attention of chosen layers through ``handler`` while entered.
+@contextmanager
+def taken_over(
+    model: "TransformerBridge", layers: Collection[int], everywhere: bool, handler: Handler
+) -> Iterator[None]:
+    """Run the attention of chosen layers through ``handler``.
 
     Args:
         model: A TransformerBridge.
@@ -69,56 +71,39 @@ class Seam:
         everywhere: Whether these are all the layers with attention, so that no n x n mask is needed
             by anyone.
         handler: Gets the layer and its call, returns the mixtures of values.
+
+    Raises:
+        UnfusableError: a layer's attention takes no attention function.
     """
+    with ExitStack() as undo:
+        for layer in layers:
+            bridge = model.blocks[layer].attn
+            _take_over(undo, layer, bridge, bridge.original_component, handler)
+        if everywhere and layers:
+            for config in _configs(model.original_model):
+                undo.callback(_name_attention, config, config._attn_implementation)
+                _name_attention(config, NAME)
+        yield
 
-    def __init__(
-        self,
-        model: "TransformerBridge",
-        layers: Collection[int],
-        everywhere: bool,
-        handler: Handler,
-    ) -> None:
-        self.model, self.layers, self.everywhere = model, tuple(layers), everywhere
-        self.handler = handler
-        self._undo = ExitStack()
 
-    def __enter__(self) -> Self:
-        with ExitStack() as undo:
-            for layer in self.layers:
-                bridge = self.model.blocks[layer].attn
-                self._take_over(undo, layer, bridge, bridge.original_component)
-            if self.everywhere and self.layers:
-                for config in _configs(self.model.original_model):
-                    undo.callback(_name_attention, config, config._attn_implementation)
-                    _name_attention(config, NAME)
-            self._undo = undo.pop_all()
-        return self
+def _take_over(
+    undo: ExitStack, layer: int, bridge: nn.Module, module: nn.Module, handler: Handler
+) -> None:
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._undo.close()
-
-    def _take_over(self, undo: ExitStack, layer: int, bridge: nn.Module, module: nn.Module) -> None:
-        from transformer_lens.model_bridge.generalized_components import AttentionBridge
-
-        config = getattr(module, "config", None)
-        if not isinstance(config, PreTrainedConfig):
-            raise UnfusableError(
-                layer, "its attention is code of its own, which takes no attention function"
-            )
-        # Entries of __dict__, because assignment to a component may reach into what it wraps. This
-        # is the bridge's own plain forward: hook_in, the wrapped module, hook_out.
-        plain = types.MethodType(AttentionBridge.forward, bridge)
-        _set(undo, bridge, "forward", plain)
-        own = copy.deepcopy(config)
-        _name_attention(own, NAME)
-        _set(undo, module, "config", own)
-        _RUNNING[module] = (layer, self.handler)
-        undo.callback(_RUNNING.pop, module)
+    config = getattr(module, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise UnfusableError(
+            layer, "its attention is code of its own, which takes no attention function"
+        )
+    # Entries of __dict__, because assignment to a component may reach into what it wraps. This is
+    # the bridge's own plain forward: hook_in, the wrapped module, hook_out.
+    _set(undo, bridge, "forward", types.MethodType(AttentionBridge.forward, bridge))
+    own = copy.deepcopy(config)
+    _name_attention(own, NAME)
+    _set(undo, module, "config", own)
+    _RUNNING[module] = (layer, handler)
+    undo.callback(_RUNNING.pop, module)
 
 
 _RUNNING: "weakref.WeakKeyDictionary[nn.Module, tuple[int, Handler]]" = weakref.WeakKeyDictionary()
