@@ -44,11 +44,10 @@ class Shelf:
             self._loose[layer] = value.cpu()
 
     def layers(self) -> dict[int | None, Tensor]:
-        """Layer to value."""
+        """Layer to value; views of the shelf, not copies."""
         if self._room is None:
             return dict(self._loose)
-        shelved = {layer: self._room[:, i].contiguous() for i, layer in enumerate(self._shelved)}
-        return shelved | self._loose
+        return {layer: self._room[:, i] for i, layer in enumerate(self._shelved)} | self._loose
 
     def stack(self, order: Sequence[int | None]) -> Tensor | None:
         """``[batch layer ...]`` if that is how it lies here, without a copy."""

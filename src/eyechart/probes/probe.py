@@ -118,4 +118,5 @@ class Record(Probe[dict[int | None, Tensor]]):
         self, observations: Observations, sequences: Sequences, provenance: Provenance
     ) -> dict[int | None, Tensor]:
         """Layer to tensor."""
-        return observations.layers(self.site, "value")
+        kept = observations.layers(self.site, "value")
+        return {layer: value.contiguous() for layer, value in kept.items()}
