@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from eyechart import lenses as lenses
     from eyechart import sequences as sequences
     from eyechart import targets as targets
     from eyechart.attention import attention_statistics as attention_statistics
     from eyechart.collapse import collapse_curve as collapse_curve
     from eyechart.errors import EyechartError as EyechartError
     from eyechart.examine import exam as exam
+    from eyechart.flow import information_flow as information_flow
     from eyechart.models import load as load
     from eyechart.probes import Probe as Probe
     from eyechart.probes import Record as Record
@@ -32,10 +34,11 @@ _HOME = {
     "residual_norms": "eyechart.residual",
     "collapse_curve": "eyechart.collapse",
     "exam": "eyechart.examine",
+    "information_flow": "eyechart.flow",
     "open_result": "eyechart.results",
     "EyechartError": "eyechart.errors",
 }
-_MODULES = ("sequences", "targets")
+_MODULES = ("lenses", "sequences", "targets")
 
 __all__ = [
     "EyechartError",
@@ -45,6 +48,8 @@ __all__ = [
     "capture",
     "collapse_curve",
     "exam",
+    "information_flow",
+    "lenses",
     "load",
     "open_result",
     "residual_norms",

@@ -35,7 +35,7 @@ BUILT_IN_PROMPT = (
 
 def prepare(
     model: "TransformerBridge",
-    inputs: Inputs,
+    inputs: Inputs | None,
     *,
     prepend_bos: bool | None = None,
     name: str = "prompt",
@@ -45,7 +45,7 @@ def prepare(
     Args:
         model: Whose tokenizer and limits apply.
         inputs: A string, several strings, token ids ``[batch position]`` (or ``[position]``), or
-            Sequences made before.
+            Sequences made before; None takes a short original English text.
         prepend_bos: Put the beginning-of-sequence token in front; None does as TransformerLens
             resolves it for this model. A string that starts with that token already is left as it
             is. Token ids are taken as they are.
@@ -54,6 +54,8 @@ def prepare(
     Raises:
         InputError: empty, longer than the context, or with ids outside the vocabulary.
     """
+    if inputs is None:
+        inputs, name = BUILT_IN_PROMPT, "built-in prompt"
     if isinstance(inputs, Sequences):
         made = inputs
     elif isinstance(inputs, Tensor):
@@ -212,6 +214,28 @@ def readable(model: "TransformerBridge", ids: Sequence[int]) -> list[str]:
             text = str(tokenizer.convert_ids_to_tokens(index) or index)
         names[index] = text
     return [names[index] for index in ids]
+
+
+def other_bos(model: "TransformerBridge", sequences: Sequences) -> Sequences | None:
+    """The same text with the beginning-of-sequence token taken away, or put in front.
+
+    None where there is nothing to compare with: token ids were given, the model has no such token,
+    a text consists of nothing else, or the longer text does not fit the context.
+    """
+    if sequences.prepend_bos is None or getattr(model, "tokenizer", None) is None:
+        return None
+    bos = getattr(_tokenizer(model), "bos_token_id", None)
+    rows = [
+        row[:length]
+        for row, length in zip(sequences.tokens.tolist(), sequences.lengths, strict=True)
+    ]
+    if bos is None or (sequences.prepend_bos and min(sequences.lengths) < 2):
+        return None
+    limit = model.cfg.n_ctx
+    if not sequences.prepend_bos and limit and max(sequences.lengths) >= limit:
+        return None
+    rows = [row[1:] if sequences.prepend_bos else [int(bos), *row] for row in rows]
+    return from_ids(model, rows, prepend_bos=not sequences.prepend_bos, name=sequences.name)
 
 
 def check_fits(model: "TransformerBridge", sequences: Sequences) -> None:

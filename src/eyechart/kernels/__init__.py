@@ -2,6 +2,18 @@
 
 from eyechart.kernels.attend import attend, kernel_for
 from eyechart.kernels.call import AttentionCall
+from eyechart.kernels.carry import carry
 from eyechart.kernels.definitions import Reducer, seers
+from eyechart.kernels.differentiable import differentiable
+from eyechart.kernels.streamed import blocks
 
-__all__ = ["AttentionCall", "Reducer", "attend", "kernel_for", "seers"]
+__all__ = [
+    "AttentionCall",
+    "Reducer",
+    "attend",
+    "blocks",
+    "carry",
+    "differentiable",
+    "kernel_for",
+    "seers",
+]

@@ -45,8 +45,8 @@ def attend(
     found: dict[str, Tensor] = {}
     run = kernel_for(call.q.device, accumulate, call.q.dtype).run
     if run is not None:
-        rows = run(call, mask.sum(dim=-1))
-        found = {name: rows[name] for name in statistics if name in rows}
+        call.found = call.found or run(call, mask.sum(dim=-1))
+        found = {name: call.found[name] for name in statistics if name in call.found}
     left = frozenset(statistics) - found.keys()
     if left or targets:
         reducer = Reducer(left, targets, tokens, mask)
@@ -84,7 +84,7 @@ def _gpu_kernel(device: torch.device) -> Kernel:
     try:
         from eyechart.kernels import gpu
 
-        return tried(gpu.run, device)
+        return tried(gpu.run, device=device)
     except ImportError:
         return Kernel(None, "Triton is not installed")
     except Exception as problem:  # whatever Triton, its compiler or the driver may throw

@@ -1,6 +1,6 @@
 """One layer's attention as the model computes it: everything that shapes its rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,6 +22,7 @@ class AttentionCall:
         start: First key each query sees, None where that is key 0; it sees all from there on.
         sinks: Logits of a learned sink that is no token (gpt-oss), None where there is none.
         output: The layer's mixtures of values, in the model's format; set by whoever computes them.
+        found: Row statistics that came with the output, so that the next who asks need not pay.
     """
 
     q: Float[Tensor, "batch head query d_head"]
@@ -32,6 +33,7 @@ class AttentionCall:
     start: Int[Tensor, "batch query"] | None = None
     sinks: Float[Tensor, " head"] | None = None
     output: Float[Tensor, "batch query head d_value"] | None = None
+    found: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def length(self) -> int:

@@ -14,8 +14,10 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from eyechart.kernels.call import AttentionCall
@@ -28,7 +30,7 @@ ROW_NAMES = ("first", "diagonal", "previous", "entropy", "largest", "distance", 
 # Finite arithmetic only is not promised: a NaN must stay one.
 _FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _LINK = ("-shared", "-fPIC", "-lm")
-_SEGMENTS = 8
+_SEGMENTS, _TILE = 8, 8
 
 
 class _Arguments(ctypes.Structure):
@@ -47,6 +49,9 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (*ROW_NAMES, "virtual_sink", "received")),
         ("segments", ctypes.c_int64),
         ("threads", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("carried", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
     )
 
 
@@ -67,11 +72,11 @@ def build(machine: tuple[str, ...]) -> Kernel:
         return Kernel(None, "no C compiler (cc or gcc) was found")
     try:
         library = ctypes.CDLL(str(_compiled(compiler, machine)))
-        library.attend.restype = ctypes.c_int
+        library.attend.restype = library.carry.restype = ctypes.c_int
     except (OSError, subprocess.SubprocessError, AttributeError) as problem:
         said = getattr(problem, "stderr", None) or str(problem)
         return Kernel(None, f"{compiler} gave no usable kernel: {said.strip().splitlines()[0]}")
-    return tried(functools.partial(run, library))
+    return tried(functools.partial(run, library), functools.partial(carry, library))
 
 
 def run(library: ctypes.CDLL, call: AttentionCall, lengths: Tensor) -> dict[str, Tensor]:
@@ -89,42 +94,92 @@ def run(library: ctypes.CDLL, call: AttentionCall, lengths: Tensor) -> dict[str,
     Raises:
         MemoryError: the kernel got no memory.
     """
+    batch, heads, length, _ = call.q.shape
+    v = call.v.float().contiguous()
+    names = ROW_NAMES if call.sinks is None else (*ROW_NAMES, "virtual_sink")
+    rows = {name: v.new_empty(batch, heads, length) for name in names}
+    output = v.new_empty(batch, length, heads, v.shape[-1])
+    received = v.new_empty(batch, heads, _SEGMENTS, length)
+    sinks = {} if call.sinks is None else {"sinks": call.sinks.float().contiguous()}
+    _enter(
+        library.attend,
+        call,
+        {"lengths": lengths.int().contiguous(), "output": output, "received": received}
+        | sinks
+        | rows,
+        v=v,
+        segments=_SEGMENTS,
+    )
+    call.output = output.to(call.v.dtype)
+    return rows | {"received": received.sum(dim=2)}
+
+
+def carry(
+    library: ctypes.CDLL,
+    call: AttentionCall,
+    lse: Float[Tensor, "batch head query"],
+    rows: Float[Tensor, "batch row query"],
+) -> Float[Tensor, "batch head row key"]:
+    """Row vectors times one layer's attention, in float32.
+
+    Args:
+        library: See :func:`kernel`.
+        call: The layer's attention, on the CPU.
+        lse: Log-sum-exp of its scores, as :func:`run` returns it.
+        rows: The row vectors.
+
+    Raises:
+        MemoryError: the kernel got no memory.
+    """
+    batch, count, length = rows.shape
+    # The kernel takes columns by the tile; columns of zeros are cheaper than a tile that is broken.
+    padded = rows.new_zeros(batch, length, -(-count // _TILE) * _TILE, dtype=torch.float32)
+    padded[..., :count] = rows.transpose(1, 2)
+    carried = padded.new_empty(batch, call.q.shape[1], padded.shape[-1], length)
+    _enter(
+        library.carry,
+        call,
+        {"lse": lse.float().contiguous(), "rows": padded, "carried": carried},
+        count=padded.shape[-1],
+    )
+    return carried[:, :, :count]
+
+
+def _enter(
+    function: Any,
+    call: AttentionCall,
+    tensors: dict[str, Tensor],
+    v: Tensor | None = None,
+    **numbers: int,
+) -> None:
+    """Hand a call to the library; ``tensors`` are contiguous and stay alive until it returns."""
     # Every block of queries reads all keys and values: worth a copy without gaps.
-    q, k, v = call.q.float(), call.k.float().contiguous(), call.v.float().contiguous()
+    q, k = call.q.float(), call.k.float().contiguous()
     if q.stride(-1) != 1:
         q = q.contiguous()
     batch, heads, length, width = q.shape
-    names = ROW_NAMES if call.sinks is None else (*ROW_NAMES, "virtual_sink")
-    rows = {name: q.new_empty(batch, heads, length) for name in names}
-    output = q.new_empty(batch, length, heads, v.shape[-1])
-    received = q.new_empty(batch, heads, _SEGMENTS, length)
-    # Kept by name until the kernel returns: it holds bare addresses.
-    whole = {"lengths": lengths.int().contiguous(), "output": output, "received": received, **rows}
     if call.start is not None:
-        whole["start"] = call.start.int().expand(batch, length).contiguous()
-    if call.sinks is not None:
-        whole["sinks"] = call.sinks.float().contiguous()
+        tensors["start"] = call.start.int().expand(batch, length).contiguous()
     arguments = _Arguments(
         batch=batch,
         heads=heads,
         kv_heads=k.shape[1],
         length=length,
         width=width,
-        value_width=v.shape[-1],
+        value_width=0 if v is None else v.shape[-1],
         scale=call.scale,
         softcap=call.softcap or 0.0,
-        segments=_SEGMENTS,
         threads=torch.get_num_threads(),
-        **{name: tensor.data_ptr() for name, tensor in whole.items()},
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        **numbers,
     )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        setattr(arguments, name, tensor.data_ptr())
-        for axis, stride in zip(("batch", "head", "row"), tensor.stride(), strict=False):
-            setattr(arguments, f"{name}_{axis}", stride)
-    if library.attend(ctypes.byref(arguments)):
+        if tensor is not None:
+            setattr(arguments, name, tensor.data_ptr())
+            for axis, stride in zip(("batch", "head", "row"), tensor.stride(), strict=False):
+                setattr(arguments, f"{name}_{axis}", stride)
+    if function(ctypes.byref(arguments)):
         raise MemoryError("can't allocate memory for the blocks of attention rows")
-    call.output = output.to(call.v.dtype)
-    return rows | {"received": received.sum(dim=2)}
 
 
 def _compiled(compiler: str, machine: tuple[str, ...]) -> Path:

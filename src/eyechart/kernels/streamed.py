@@ -30,7 +30,7 @@ def stream(call: AttentionCall, accumulate: torch.dtype, reducer: Reducer | None
     heads, groups = call.q.shape[1], call.k.shape[1]
     values = call.v.to(kind)
     mixed: list[Tensor] = []
-    for begin, low, rows in _blocks(call, kind):
+    for begin, low, rows in blocks(call, kind):
         if call.output is None:
             seen = rearrange(rows[..., low:], "b (g r) q k -> b g (r q) k", g=groups)
             out = seen @ values[:, :, low : rows.shape[-1]]
@@ -41,10 +41,13 @@ def stream(call: AttentionCall, accumulate: torch.dtype, reducer: Reducer | None
         call.output = torch.cat(mixed, dim=1).to(call.v.dtype)
 
 
-def _blocks(
+def blocks(
     call: AttentionCall, kind: torch.dtype
 ) -> Iterator[tuple[int, int, Float[Tensor, "batch head query key"]]]:
-    """Blocks of rows: first query, first key that any of them sees, and the rows."""
+    """Blocks of attention rows: first query, first key that any of them sees, and the rows.
+
+    Keys after a block's last query are left out.
+    """
     batch, heads, length, _ = call.q.shape
     groups = call.k.shape[1]
     queries, keys = call.q.to(kind) * call.scale, call.k.to(kind).transpose(-1, -2)

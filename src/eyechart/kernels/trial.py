@@ -8,9 +8,10 @@ from torch import Tensor
 
 from eyechart.kernels.call import AttentionCall
 from eyechart.kernels.definitions import Reducer
-from eyechart.kernels.streamed import stream
+from eyechart.kernels.streamed import blocks, stream
 
 Run = Callable[[AttentionCall, Tensor], dict[str, Tensor]]
+Carry = Callable[[AttentionCall, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,17 @@ class Kernel:
         run: Takes a layer's attention and the number of real tokens of each sequence, sets the
             call's output and returns the statistics of rows and, as sums, of columns.
         reason: Why there is none, for the reader of a result.
+        carry: Takes a layer's attention, the log-sum-exp of its scores and row vectors ``[batch row
+            query]``, and returns their product with each head's rows ``[batch head row key]``; None
+            where that is left to torch.
     """
 
     run: Run | None
     reason: str = ""
+    carry: Carry | None = None
 
 
-def tried(run: Run, device: torch.device | str = "cpu") -> Kernel:
+def tried(run: Run, carry: Carry | None = None, device: torch.device | str = "cpu") -> Kernel:
     """The kernel, if it equals the definitions on a small case that has everything."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -48,7 +53,14 @@ def tried(run: Run, device: torch.device | str = "cpu") -> Kernel:
     for name, value in truth.items():
         if not torch.allclose(found[name].double(), value.double(), atol=1e-4):
             return Kernel(None, f"the kernel's {name} differs from its definition")
-    return Kernel(run)
+    if carry is not None:
+        rows = torch.randn(2, 9, 70, generator=draw).to(device)
+        whole = [rows for _, _, rows in blocks(call, torch.float64)]
+        pattern = torch.cat([torch.nn.functional.pad(x, (0, 70 - x.shape[-1])) for x in whole], 2)
+        truth = rows.double()[:, None] @ pattern
+        if not torch.allclose(carry(call, found["lse"], rows).double(), truth, atol=1e-4):
+            return Kernel(run, "the kernel's product with row vectors differs from its definition")
+    return Kernel(run, carry=carry)
 
 
 def _output(call: AttentionCall) -> Tensor:

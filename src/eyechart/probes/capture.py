@@ -21,7 +21,7 @@ from eyechart.probes.kept import Observations, joined
 from eyechart.probes.plan import fusable
 from eyechart.probes.probe import Probe
 from eyechart.probes.provenance import Meter, provenance_of
-from eyechart.probes.seam import UnfusableError
+from eyechart.probes.seam import UnfusableError, edits_of
 from eyechart.results.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -72,8 +72,15 @@ def capture(
     sites = {site for _, seen in wanted for site in seen}
     fused: frozenset[int] = frozenset()
     reasons: dict[int, str] = {}
-    if "attention" in sites:
+    edited = bool(edits_of(model))
+    if "attention" in sites or edited:
         fused, reasons = fusable(model, facts, sorted(sites))
+    if edited and (reasons or sites & {"pattern", "scores"}):
+        why = "; ".join(sorted(set(reasons.values()))) or "a probe reads the pattern"
+        raise UsageError(
+            "a lens that changes attention works only where attention is computed without its "
+            f"pattern, and here it is not: {why}."
+        )
     runs = _Runs(model, prepared, wanted, fused, reasons)
     meter = Meter(facts.device)
     with meter:
@@ -157,6 +164,8 @@ class _Runs:
         return Observations(kept, self.fused, self.reasons)
 
     def _read_pattern(self, problem: UnfusableError) -> None:
+        if edits_of(self.model):
+            raise problem
         layers = self.fused if problem.layer is None else {problem.layer}
         self.reasons |= dict.fromkeys(layers, problem.reason)
         self.fused -= layers

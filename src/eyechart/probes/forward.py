@@ -13,8 +13,8 @@ from eyechart.errors import CaptureError, NonFiniteError
 from eyechart.kernels import AttentionCall, attend
 from eyechart.probes.kept import Shelf
 from eyechart.probes.probe import Look, Probe
-from eyechart.probes.seam import taken_over
-from eyechart.probes.sites import exact_pattern, hook_names
+from eyechart.probes.seam import edits_of, taken_over
+from eyechart.probes.sites import OUTPUT, exact_pattern, hook_names
 from eyechart.results.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Pass:
         ):
             watched |= self._places("scores")
         for place, name in watched.items():
-            if not self._is_fused(place):
+            if not self._is_fused(place) and name != OUTPUT:
                 self._hooks[name].append(place)
 
     def forward(self) -> None:
@@ -77,18 +77,17 @@ class Pass:
             CaptureError, NonFiniteError: as :func:`eyechart.capture`.
         """
         hooks = [(name, partial(self._see, places)) for name, places in self._hooks.items()]
-        options: dict[str, Any] = {}
-        accepted = inspect.signature(type(self.model.original_model).forward).parameters
-        if "use_cache" in accepted:
-            options["use_cache"] = False
-        if "logits" not in self._lookers and "logits_to_keep" in accepted:
-            options["logits_to_keep"] = 1  # nobody looks at the others
+        options = thrift(self.model, logits="logits" in self._lookers)
         everywhere = not any(self._reads_pattern(place) for place in self.needed)
         seam = taken_over(self.model, sorted(self.fused), everywhere, self._attend)
         # No attention mask: under causal attention no real token sees the padding after it, and
         # some architectures lose their causal mask when they are given one for the padding.
         with torch.no_grad(), self.model.hooks(fwd_hooks=hooks), seam:
-            self.model(self.tokens, return_type=None, **options)
+            wanted = "logits" if "next_token" in self._lookers else None
+            output = self.model(self.tokens, return_type=wanted, **options)
+        if wanted:
+            self.fired["next_token", None] += 1
+            self._look(("next_token", None), output[:, -1])
 
     def fired_by_site(self) -> dict[str, int]:
         """How often the places of each site were passed."""
@@ -152,6 +151,8 @@ class Pass:
 
     def _attend(self, layer: int, call: AttentionCall) -> Tensor:
         self.fired["attention", layer] += 1
+        for edit in edits_of(self.model):
+            edit(layer, call)
         try:
             self._look(("attention", layer), call)
             if call.output is None:
@@ -208,3 +209,14 @@ class Pass:
                 f"layer {layer}. In float16 this is usually overflow: load the model in float32 or "
                 "bfloat16. Otherwise look at that layer's weights."
             )
+
+
+def thrift(model: "TransformerBridge", logits: bool = False) -> dict[str, Any]:
+    """Arguments that keep a forward pass from making what nobody looks at."""
+    accepted = inspect.signature(type(model.original_model).forward).parameters
+    options: dict[str, Any] = {}
+    if "use_cache" in accepted:
+        options["use_cache"] = False
+    if not logits and "logits_to_keep" in accepted:
+        options["logits_to_keep"] = 1
+    return options

@@ -22,7 +22,7 @@ from eyechart.probes.forward import Pass
 from eyechart.probes.kept import Observations
 from eyechart.probes.probe import Look, Probe
 from eyechart.probes.seam import UnfusableError
-from eyechart.probes.sites import has_site, hook_names
+from eyechart.probes.sites import OUTPUT, has_site, hook_names
 from eyechart.results.base import Provenance
 from eyechart.results.sequences import Sequences
 
@@ -57,7 +57,7 @@ def plan_of(model: "TransformerBridge", facts: ModelFacts) -> Plan:
     """The plan of a model; rehearsed anew only when its weights have changed."""
     known = _KNOWN.get(model)
     if known is None or known[0] is not facts:
-        with _without_hooks(model):
+        with without_hooks(model):
             known = (facts, _rehearse(model, facts))
         _KNOWN[model] = known
     return known[1]
@@ -211,14 +211,14 @@ def _watched_hooks(model: "TransformerBridge", sites: Sequence[str]) -> set[str]
     for site in sites:
         if site != "attention":
             watched |= set(hook_names(model, site).values())
-    # One hook point may have several names.
-    points = {id(model.hook_dict[name]) for name in watched}
+    # One hook point may have several names; the model's own output has none.
+    points = {id(model.hook_dict[name]) for name in watched if name != OUTPUT}
     return {name for name, point in model.hook_dict.items() if id(point) in points}
 
 
 @contextmanager
-def _without_hooks(model: "TransformerBridge") -> Iterator[None]:
-    """A user's hooks are not for rehearsals."""
+def without_hooks(model: "TransformerBridge") -> Iterator[None]:
+    """A user's hooks are neither for rehearsals nor for modules that are tried by themselves."""
     stashed = []
     for point in {id(point): point for point in model.hook_dict.values()}.values():
         stashed.append((point, point._forward_hooks, point._forward_pre_hooks))

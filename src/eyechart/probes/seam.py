@@ -44,6 +44,7 @@ _HARMLESS = {
 }
 
 Handler = Callable[[int, AttentionCall], Tensor]
+Edit = Callable[[int, AttentionCall], None]
 
 
 class UnfusableError(EyechartError):
@@ -102,10 +103,31 @@ def _take_over(
     own = copy.deepcopy(config)
     _name_attention(own, NAME)
     _set(undo, module, "config", own)
+    before = _RUNNING.get(module)
     _RUNNING[module] = (layer, handler)
-    undo.callback(_RUNNING.pop, module)
+    if before is None:
+        undo.callback(_RUNNING.pop, module)
+    else:  # one run within another, such as a measurement under a lens
+        undo.callback(_RUNNING.__setitem__, module, before)
 
 
+@contextmanager
+def edited(model: "TransformerBridge", edit: Edit) -> Iterator[None]:
+    """Change every call of a model's attention before it is computed, in all eyechart's passes."""
+    edits = _EDITS.setdefault(model, [])
+    edits.append(edit)
+    try:
+        yield
+    finally:
+        edits.remove(edit)
+
+
+def edits_of(model: "TransformerBridge") -> tuple[Edit, ...]:
+    """The edits in force, in the order in which they were entered."""
+    return tuple(_EDITS.get(model, ()))
+
+
+_EDITS: "weakref.WeakKeyDictionary[TransformerBridge, list[Edit]]" = weakref.WeakKeyDictionary()
 _RUNNING: "weakref.WeakKeyDictionary[nn.Module, tuple[int, Handler]]" = weakref.WeakKeyDictionary()
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+OUTPUT = ""
+"""The model's own output, which is there without a hook."""
+
+
 @dataclass(frozen=True)
 class Site:
     """A place to look.
@@ -87,6 +91,11 @@ SITES: dict[str, Site] = {
     "z": Site(
         "blocks.{layer}.attn.hook_z", "batch position head d_head", "each head's mixture of values"
     ),
+    "attn_raw": Site(
+        "blocks.{layer}.attn.o.hook_out",
+        "batch position d_model",
+        "attention's output projection, before any norm that follows it",
+    ),
     "attn_out": Site(
         "blocks.{layer}.hook_attn_out", "batch position d_model", "attention's write to the stream"
     ),
@@ -94,6 +103,11 @@ SITES: dict[str, Site] = {
         "blocks.{layer}.hook_mlp_out", "batch position d_model", "MLP's write to the stream"
     ),
     "logits": Site("unembed.hook_out", "batch position vocabulary", "logits"),
+    "next_token": Site(
+        OUTPUT,
+        "batch vocabulary",
+        "logits at the last position only, as the model returns them (soft caps included)",
+    ),
 }
 
 
@@ -123,6 +137,8 @@ def has_site(model: "TransformerBridge", site: str) -> bool:
 
 def _hooks(model: "TransformerBridge", site: str) -> dict[int | None, str]:
     known, place = model.hook_dict, SITES[site]
+    if place.hook == OUTPUT:
+        return {None: OUTPUT}
     layers: list[int | None] = list(range(int(model.cfg.n_layers))) if place.per_layer else [None]
     return {layer: name for layer in layers if (name := place.hook.format(layer=layer)) in known}
 

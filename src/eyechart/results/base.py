@@ -1,8 +1,11 @@
 """What every result has: where it came from, and how to keep, print and draw it."""
 
+import dataclasses
 import html
 import os
 from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -33,7 +36,8 @@ class Provenance:
         seed: Seed of whatever was random, None where nothing was.
         hooks: Times each kind of hook fired, over all forward passes.
         forward_passes: Forward passes paid for.
-        wall_seconds: Wall time of those passes.
+        wall_seconds: Wall time of those passes, and of what was computed from them where that is a
+            measurement of its own.
         peak_bytes: On CUDA the peak allocated during the passes; otherwise the peak resident size
             of the process so far. None where the system does not tell.
         created: UTC, ISO 8601.
@@ -54,6 +58,25 @@ class Provenance:
     peak_bytes: int | None
     created: str
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def together(cls, parts: "Sequence[Provenance]", tokens: str, seed: int | None) -> "Provenance":
+        """Of a result made from several: costs added up, what all share kept."""
+        ways = {way for part in parts for way in part.attention.split(", ")}
+        hooks: Counter[str] = Counter()
+        for part in parts:
+            hooks.update(part.hooks)
+        return dataclasses.replace(
+            parts[0],
+            attention=", ".join(sorted(ways)),
+            tokens=tokens,
+            seed=seed,
+            hooks=dict(hooks),
+            forward_passes=sum(part.forward_passes for part in parts),
+            wall_seconds=round(sum(part.wall_seconds for part in parts), 4),
+            peak_bytes=max((part.peak_bytes for part in parts if part.peak_bytes), default=None),
+            notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,163 @@
+"""A model's norms, projections and MLPs as functions to be tried, so that no layout is assumed.
+
+Every architecture names and packs its weights in its own way (transposed, fused, scaled by one plus
+the weight). What a module does to chosen inputs says the same in one way for all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from eyechart.errors import CaptureError
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm layer: x -> weight * (x - mean) / sigma, without its bias.
+
+    Attributes:
+        centred: Whether the mean is taken off (LayerNorm); then sigma is the standard deviation,
+            else (RMSNorm) the root mean square.
+        weight: Its learned scale; None for no norm at all.
+    """
+
+    centred: bool = False
+    weight: Float[Tensor, " d_model"] | None = None
+
+    def sigma(self, spread: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch"]:
+        """What the norm divides by, from root mean square and standard deviation."""
+        if self.weight is None:
+            return torch.ones_like(spread[..., 0])
+        return spread[..., int(self.centred)].clamp(min=1e-12)
+
+
+def part(model: "TransformerBridge", layer: int | None, name: str) -> nn.Module | None:
+    """A component of a block (``ln1``, ``attn.o``, ``mlp``) or of the model, None if absent."""
+    found: Any = model if layer is None else model.blocks[layer]
+    for step in name.split("."):
+        found = dict(found.named_children()).get(step)
+        if found is None:
+            return None
+    return found
+
+
+def function(module: nn.Module) -> Function:
+    """A module as a function of a batch of vectors, its own hooks left alone."""
+    plain = getattr(module, "original_component", None)
+    plain = module if plain is None else plain
+
+    def apply(x: Tensor) -> Tensor:
+        out = plain(x[None])
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+    return apply
+
+
+def norm_of(module: nn.Module | None, like: Tensor) -> Norm:
+    """What kind of norm a module is, and its scale, from what it does to two random vectors.
+
+    Args:
+        module: The norm; None where the architecture has none.
+        like: A vector of the right width, format and device.
+
+    Raises:
+        CaptureError: it is neither LayerNorm nor RMSNorm.
+    """
+    if module is None:
+        return Norm()
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, like.shape[-1], generator=draw, dtype=torch.float32).to(like) + 1
+    run = function(module)
+    with torch.no_grad():
+        odd = (run(x) - run(-x)).double() / 2  # what a bias adds is even
+    x = x.double()
+    for centred in (False, True):
+        plain = x - x.mean(dim=-1, keepdim=True) if centred else x
+        plain = plain / plain.square().mean(dim=-1, keepdim=True).sqrt()
+        weight = (odd * plain).sum(dim=0) / plain.square().sum(dim=0)
+        error = (odd - weight * plain).norm() / odd.norm()
+        if error < (0.02 if like.dtype.itemsize < 4 else 1e-3):
+            return Norm(centred, weight)
+    raise CaptureError(f"{type(module).__name__} is neither a LayerNorm nor an RMSNorm")
+
+
+def linear_of(module: nn.Module, width: int, like: Tensor) -> Float[Tensor, "d_in d_out"]:
+    """The matrix of an affine module: what it does to unit vectors, less what it does to zero."""
+    run = function(module)
+    with torch.no_grad():
+        unit = torch.eye(width, dtype=like.dtype, device=like.device)
+        return run(unit) - run(torch.zeros_like(unit[:1]))
+
+
+def output_matrix(
+    model: "TransformerBridge", layer: int, heads: int, d_value: int, like: Tensor
+) -> Float[Tensor, "head d_value d_model"]:
+    """W_O of each head.
+
+    Raises:
+        CaptureError: the block's attention has no output projection of its own.
+    """
+    module = part(model, layer, "attn.o")
+    if module is None:
+        raise CaptureError(f"layer {layer}: attention has no output projection that can be told")
+    try:
+        matrix = linear_of(module, heads * d_value, like)
+    except RuntimeError as problem:
+        raise CaptureError(
+            f"layer {layer}: the output projection does not take {heads} heads of {d_value}"
+        ) from problem
+    return rearrange(matrix, "(h d) m -> h d m", h=heads)
+
+
+def operator_norms(
+    run: Function, x: Float[Tensor, "position d_model"], steps: int = 16
+) -> Float[Tensor, " position"]:
+    """Largest singular value of the Jacobian of a function of single vectors, at each of them.
+
+    Power iteration on J^T J; products with J come from differentiating J^T u by u. From below:
+    after 16 steps a few per cent are missing where the leading singular values lie close.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = run(x)
+        u = torch.zeros_like(y, requires_grad=True)
+        (pulled,) = torch.autograd.grad(y, x, u, create_graph=True)
+        draw = torch.Generator().manual_seed(0)
+        v = torch.randn(x.shape, generator=draw, dtype=torch.float32).to(x)
+        size = torch.zeros_like(v[:, 0])
+        for _ in range(steps):
+            v = v / v.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+            (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+            size = pushed.norm(dim=-1)
+            (v,) = torch.autograd.grad(y, x, pushed, retain_graph=True)
+    return size.detach()
+
+
+def scale_of(write: Tensor, change: Tensor, index: int) -> float:
+    """The factor with which a block's write entered the stream; Granite has one that is not 1.
+
+    Raises:
+        CaptureError: no factor makes the one of the other.
+    """
+    write, change = write.double(), change.double()
+    size = write.square().sum()
+    scale = float((write * change).sum() / size) if size else 1.0
+    if not near(write * scale, change):
+        raise CaptureError(f"layer {index}: what attention wrote is not what the stream gained")
+    return 1.0 if abs(scale - 1) < 1e-3 else scale
+
+
+def near(found: Tensor, truth: Tensor) -> bool:
+    """Whether two ways to the same activations agree, up to what rounding may do."""
+    tolerance = 5e-2 if min(found.dtype.itemsize, truth.dtype.itemsize) < 4 else 1e-2
+    return bool((found - truth).norm() <= tolerance * truth.norm() + 1e-6)

@@ -1,0 +1,182 @@
+"""The truth by derivative: how far the target moves when an input embedding is nudged.
+
+The Frobenius norm of the Jacobian J_i = d y / d v_i, for all positions i at once, from random
+vector-Jacobian products: with u ~ N(0, I), the mean of |J_i^T u|^2 is |J_i|_F^2 (Hutchinson). One
+graph serves all of them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from eyechart.errors import CaptureError, InputError
+from eyechart.kernels import AttentionCall, differentiable
+from eyechart.models import facts_of
+from eyechart.probes import has_site, hook_names
+from eyechart.probes.forward import thrift
+from eyechart.probes.plan import fusable
+from eyechart.probes.seam import edits_of, taken_over
+from eyechart.results import Sequences
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+_Z = 2.5758293035489004  # of a two-sided 99% interval
+
+
+def check_differentiable(model: "TransformerBridge") -> None:
+    """Refuse a model whose derivatives cannot be had, before a pass over the text is paid for.
+
+    Raises:
+        InputError: the model is in training mode.
+        CaptureError: a part of it passes no gradient on, as quantised weights do not.
+    """
+    if model.training:
+        raise InputError(
+            "the model is in training mode, where dropout makes derivatives random; call "
+            "model.eval() first"
+        )
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device)
+    leaf, target = _graph(model, tokens, None, check=True)
+    try:
+        torch.autograd.grad(target[:, -1].sum(), leaf)
+    except RuntimeError as problem:
+        raise CaptureError(f"no derivative can be taken: {problem}") from problem
+
+
+def sensitivity(
+    model: "TransformerBridge",
+    sequences: Sequences,
+    query: Int[Tensor, " batch"],
+    target: int | None,
+    probes: int | None,
+    seed: int,
+) -> tuple[Float[Tensor, "batch position"], Float[Tensor, "batch position"]]:
+    """Frobenius norm of d y / d v_i for every position, and the half width of its 99% interval.
+
+    Args:
+        model: In evaluation mode.
+        sequences: The tokens; rows of a batch do not see each other.
+        query: Position of y in each sequence.
+        target: Block out of which y is read; None for the final norm's output.
+        probes: Random vectors; None takes every unit vector, which is exact.
+        seed: Of the random vectors.
+    """
+    leaf, out = _graph(model, sequences.tokens.to(model.cfg.device), target)
+    y = out[torch.arange(len(query)), query.to(out.device)]
+    found = []
+    for u in _vectors(y, probes, seed):
+        (pulled,) = torch.autograd.grad(y, leaf, u, retain_graph=True)
+        found.append(pulled.float().square().sum(dim=-1).double().cpu())
+    squares = torch.stack(found)
+    if probes is None:
+        exact = squares.sum(dim=0).sqrt()
+        return exact.float(), torch.zeros_like(exact).float()
+    return interval(squares)
+
+
+def interval(
+    squares: Float[Tensor, "probe batch position"],
+) -> tuple[Float[Tensor, "batch position"], Float[Tensor, "batch position"]]:
+    """Root of the mean of squares, and the half width of a 99% interval around it.
+
+    A sum of squares of Gaussians is nearly a multiple of chi-squared with as many degrees of
+    freedom as its mean and variance ask for (Satterthwaite), at least one a probe; its quantiles
+    are Wilson and Hilferty's. Positions share what is known of the variance, since each has few
+    probes. The wider side of the interval is taken for both.
+    """
+    count = squares.shape[0]
+    mean = squares.mean(dim=0)
+    if count == 1:
+        relative = torch.full_like(mean, 2.0)
+    else:
+        own = squares.var(dim=0) / mean.square().clamp(min=1e-300)
+        relative = ((own + own.nanmedian()) / 2).clamp(max=2.0)  # 2: a Jacobian of rank one
+    degrees = 2 * count / relative.clamp(min=1e-12)
+    spread = 2 / (9 * degrees)
+    low, high = ((1 - spread + z * spread.sqrt()).clamp(min=1e-3) ** 3 for z in (-_Z, _Z))
+    root = mean.sqrt()
+    half = torch.maximum(root / low.sqrt() - root, root - root / high.sqrt())
+    return root.float(), half.float()
+
+
+def _vectors(
+    y: Float[Tensor, "batch d_model"], probes: int | None, seed: int
+) -> Iterator[Float[Tensor, "batch d_model"]]:
+    if probes is None:
+        for unit in torch.eye(y.shape[-1], dtype=y.dtype, device=y.device):
+            yield unit.expand_as(y)
+    else:
+        draw = torch.Generator().manual_seed(seed)
+        for _ in range(probes):
+            yield torch.randn(y.shape, generator=draw, dtype=torch.float32).to(y)
+
+
+def _graph(
+    model: "TransformerBridge",
+    tokens: Int[Tensor, "batch position"],
+    target: int | None,
+    check: bool = False,
+) -> tuple[Float[Tensor, "batch position d_model"], Float[Tensor, "batch position d_model"]]:
+    """A forward pass that can be gone back through: stream into the first block, and target.
+
+    Attention runs as torch's own where it can be taken over, so that no pattern is kept.
+    """
+    facts = facts_of(model)
+    seen: dict[str, Tensor] = {}
+
+    def enter(stream: Tensor, hook: object) -> Tensor:
+        seen["leaf"] = stream.detach().requires_grad_()
+        return seen["leaf"]
+
+    def keep(stream: Tensor, hook: object) -> None:
+        seen["target"] = stream
+
+    def passes_on(name: str) -> Callable[[Tensor, object], None]:
+        def look(write: Tensor, hook: object) -> None:
+            if not write.requires_grad:
+                raise CaptureError(
+                    f"{name} of {facts.name} passes no gradient on (quantised or detached "
+                    "weights); load the model in a floating-point format"
+                )
+
+        return look
+
+    end = hook_names(model, "final_norm" if target is None else "resid_post")[target]
+    hooks = [(hook_names(model, "resid_pre")[0], enter), (end, keep)]
+    if check:
+        writes = [name for site in ("attn_out", "mlp_out") for name in _hooks(model, site)]
+        hooks += [(name, passes_on(name)) for name in writes]
+    layers, _ = fusable(model, facts, ())
+
+    def attend(layer: int, call: AttentionCall) -> Tensor:
+        for edit in edits_of(model):
+            edit(layer, call)
+        return differentiable(call)
+
+    everywhere = len(layers) == len(facts.attention_layers)
+    seam = taken_over(model, sorted(layers), everywhere, attend)
+    with _frozen(model), torch.enable_grad(), model.hooks(fwd_hooks=hooks), seam:
+        model(tokens, return_type=None, **thrift(model))
+    return seen["leaf"], seen["target"]
+
+
+def _hooks(model: "TransformerBridge", site: str) -> tuple[str, ...]:
+    return tuple(hook_names(model, site).values()) if has_site(model, site) else ()
+
+
+@contextmanager
+def _frozen(model: "TransformerBridge") -> Iterator[None]:
+    """No derivative is wanted for weights, and none should be prepared for."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    for p in learned:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learned:
+            p.requires_grad_(True)

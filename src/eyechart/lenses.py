@@ -1,0 +1,75 @@
+"""Lenses: context managers that change how a model sees.
+
+Under a lens every run of the model sees through it, a plain call as well as eyechart's own
+measurements; on leaving, whatever happens, the model is as it was. Lenses compose.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from eyechart.errors import UnsupportedModelError, UsageError
+from eyechart.kernels import AttentionCall, attend, differentiable
+from eyechart.models import facts_of
+from eyechart.probes.plan import fusable
+from eyechart.probes.seam import Edit, edited, edits_of, taken_over
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+@contextmanager
+def evict(model: "TransformerBridge", keys: int = 4, after: int = 8) -> Iterator[None]:
+    """Hide the first ``keys`` tokens from the queries from position ``after`` on.
+
+    The way to take a sink away. Hiding the first token from every query is another experiment: the
+    second token then is the first that anyone sees, and becomes the sink.
+
+    Args:
+        model: A TransformerBridge.
+        keys: How many tokens at the start are hidden.
+        after: First query that no longer sees them; at least ``keys``, so that every query sees
+            itself.
+
+    Raises:
+        UsageError: ``keys`` is less than 1 or more than ``after``.
+        UnsupportedModelError: attention of this model is not computed where it could be changed.
+    """
+    if not 0 < keys <= after:
+        raise UsageError(f"keys must be between 1 and after, got keys={keys}, after={after}")
+
+    def hide(layer: int, call: AttentionCall) -> None:
+        queries = torch.arange(call.length, device=call.q.device)
+        first = torch.where(queries >= after, keys, 0).expand(call.q.shape[0], -1)
+        call.start = first if call.start is None else torch.maximum(first, call.start)
+
+    with _seen_through(model, hide):
+        yield
+
+
+@contextmanager
+def _seen_through(model: "TransformerBridge", edit: Edit) -> Iterator[None]:
+    facts = facts_of(model)
+    layers, reasons = fusable(model, facts, ())
+    if reasons:
+        layer, reason = next(iter(sorted(reasons.items())))
+        raise UnsupportedModelError(
+            f"attention of {facts.name} cannot be seen through a lens: layer {layer}: {reason}."
+        )
+
+    def handle(layer: int, call: AttentionCall) -> Tensor:
+        for each in edits_of(model):
+            each(layer, call)
+        if torch.is_grad_enabled():
+            return differentiable(call)
+        shape = (call.q.shape[0], call.length)
+        tokens = torch.zeros(shape, dtype=torch.long, device=call.q.device)
+        attend(call, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        assert call.output is not None
+        return call.output
+
+    with edited(model, edit), taken_over(model, sorted(layers), True, handle):
+        yield
