@@ -36,7 +36,7 @@ from eyechart.flow.modules import (
     part,
     scale_of,
 )
-from eyechart.flow.trace import Layer, Trace, sample_of, spread_of
+from eyechart.flow.trace import Layer, Trace, at_sample, spread_of
 from eyechart.probes.plan import without_hooks
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class LayerGains:
         write: The same for a norm after attention, at the token that hears; 1 without one.
         mlp: 1 + sigma_psi / beta_2.
         parallel: Whether attention and MLP run side by side.
-        lipschitz: sigma_psi.
+        lipschitz: sigma_psi, of each text.
     """
 
     value: Float[Tensor, " head"]
@@ -66,7 +66,7 @@ class LayerGains:
     write: Float[Tensor, "batch position"]
     mlp: Float[Tensor, "batch position"]
     parallel: bool
-    lipschitz: float
+    lipschitz: Float[Tensor, "batch one"]
 
     def sent(self, bound: Float[Tensor, "batch position"]) -> Float[Tensor, "batch position"]:
         """What goes into attention's share, from a row over the block's output."""
@@ -129,12 +129,12 @@ def _layer_gains(model: "TransformerBridge", index: int, layer: Layer, trace: Tr
     mid = before if parallel else samples["resid_mid"]
     mlp_write = after - mid - (samples["attn_out"] if parallel else 0)
     like = before[0, 0]
-    real = trace.sequences.mask[:, sample_of(trace.sequences.mask.shape[1])].to(before.device)
 
-    norm, matrix = _value_path(model, index, layer, before)
+    norm, matrix = _value_path(model, index, layer, trace, before)
     post = norm_of(part(model, index, "ln1_post"), like)
     values = _there(layer.values)
-    out = output_matrix(model, index, layer.heads, values.shape[-1], like).double()
+    width = values.shape[-1]
+    out = output_matrix(model, index, layer.heads, width, like, samples).double()
     scale = 1.0 if parallel else scale_of(samples["attn_out"], mid - before, index)
     if post.weight is not None:
         out = out * post.weight
@@ -143,7 +143,7 @@ def _layer_gains(model: "TransformerBridge", index: int, layer: Layer, trace: Tr
     into = matrix.repeat_interleave(shared, dim=0)  # query head h reads key head h // shared
     value = _norm_of_product(into, out)
 
-    lipschitz, beta = _mlp(model, index, mid, mlp_write, real)
+    lipschitz, beta = _mlp(model, index, mid, mlp_write)
     spread_mid = _there(layer.spread_before if parallel else layer.spread_mid)
     return LayerGains(
         value=value,
@@ -158,21 +158,17 @@ def _layer_gains(model: "TransformerBridge", index: int, layer: Layer, trace: Tr
 
 
 def _value_path(
-    model: "TransformerBridge", index: int, layer: Layer, before: Tensor
+    model: "TransformerBridge", index: int, layer: Layer, trace: Trace, before: Tensor
 ) -> tuple[Norm, Float[Tensor, "kv_head d_model d_value"]]:
     """The norm before the values, and diag(gamma) W_V: checked against the values of the pass."""
     module = part(model, index, "attn.v")
     if module is None or layer.values is None:
         raise CaptureError(f"layer {index}: the values come from no projection of their own")
     first = part(model, index, "ln1")
-    at = sample_of(layer.values.shape[2]).to(before.device)
-    truth = layer.values[:, :, at].transpose(1, 2).flatten(2)
+    truth = at_sample(layer.values.transpose(1, 2), trace.sequences.mask).flatten(2)
     with torch.no_grad():
         normed = before if first is None else function(first)(before)
-        try:
-            found = torch.stack([function(module)(row) for row in normed])
-        except RuntimeError as problem:
-            raise CaptureError(f"layer {index}: W_V does not read the stream") from problem
+        found = torch.stack([function(module)(row) for row in normed])
     if found.shape != truth.shape or not near(found, truth):
         raise CaptureError(f"layer {index}: the values are not one matrix times the normed stream")
     norm = norm_of(first, before[0, 0])
@@ -184,8 +180,8 @@ def _value_path(
 
 
 def _mlp(
-    model: "TransformerBridge", index: int, read: Tensor, write: Tensor, real: Tensor
-) -> tuple[float, Norm]:
+    model: "TransformerBridge", index: int, read: Tensor, write: Tensor
+) -> tuple[Float[Tensor, "batch one"], Norm]:
     """sigma_psi of the MLP branch, and the norm it begins with.
 
     Which norms belong to the branch is found by trying: one choice reproduces what it wrote.
@@ -201,13 +197,15 @@ def _mlp(
         steps = [function(m) for m in (norm, mlp, post) if m is not None]
         with torch.no_grad():
             found = torch.stack([_chain(steps)(row) for row in read])
+        if found.shape != write.shape:
+            break
         size = found.double().square().sum()
         scale = float((found.double() * write.double()).sum() / size) if size else 1.0
         if near(found * scale, write):
             kind = norm_of(norm, read[0, 0])
             norms = torch.stack([operator_norms(_chain(steps), row) for row in read])
             sigma = norms.double() * abs(scale) * kind.sigma(spread_of(read)).double()
-            return float(sigma[real].max()), kind
+            return sigma.amax(dim=-1, keepdim=True), kind
     raise CaptureError(f"layer {index}: the MLP's part of the stream could not be reproduced")
 
 

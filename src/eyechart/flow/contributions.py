@@ -87,7 +87,8 @@ def contributions(
     if before is None or raw is None or write is None or values is None:
         raise CaptureError(f"layer {index}: values and the stream around attention were not seen")
     kind = torch.promote_types(before.dtype, accumulate)
-    out = output_matrix(model, index, layer.heads, values.shape[-1], before[0, 0]).to(kind)
+    width, like = values.shape[-1], before[0, 0]
+    out = output_matrix(model, index, layer.heads, width, like, layer.samples).to(kind)
     before, raw, write, values = (x.to(kind) for x in (before, raw, write, values))
     gain = None
     if "resid_mid" in layer.samples:
@@ -105,7 +106,6 @@ def contributions(
             rows = rows[..., :end]
             whole = after[:, begin:end]
             found = {k: rows.new_zeros(rows.shape[0], end - begin, end) for k in kinds}
-            total = torch.zeros_like(whole)
             for first, last in _chunks(rows.shape, whole.shape[-1], rows.device):
                 # Query head h reads key head h // shared.
                 v = values[:, :, first:last].repeat_interleave(shared, dim=1)
@@ -113,7 +113,6 @@ def contributions(
                 part_of = torch.einsum("bhqk,bhkm->bqkm", rows[..., first:last], sent)
                 if gain is not None:
                     part_of = part_of * gain[:, begin:end, None]
-                total += part_of.sum(dim=2)
                 own = torch.arange(first, last, device=rows.device)
                 own = own[own >= begin]
                 part_of[:, own - begin, own - first] += before[:, own]
@@ -123,8 +122,6 @@ def contributions(
                     left = part_of.neg_().add_(whole[:, :, None]).abs_().sum(dim=-1)
                     length = whole.abs().sum(dim=-1, keepdim=True)
                     found["alti"][..., first:last] = (length - left).clamp(min=0)
-            if begin == 0:
-                _check(index, total, write[:, :end], raw[:, :end], gain)
             yield begin, {k: _normalised(x, begin) for k, x in found.items()}
 
 
@@ -148,15 +145,3 @@ def _normalised(rows: Tensor, begin: int) -> Tensor:
     alone = torch.zeros_like(rows)
     alone[:, queries, begin + queries] = 1
     return torch.where(total > 0, rows / total.clamp(min=torch.finfo(rows.dtype).tiny), alone)
-
-
-def _check(index: int, total: Tensor, write: Tensor, raw: Tensor, gain: Tensor | None) -> None:
-    """Refuse where the parts do not sum to the whole, up to a bias that all tokens share."""
-    scaled = raw if gain is None else raw * gain
-    rest = scaled - total if gain is None else raw - total / torch.where(gain == 0, 1, gain)
-    rest = rest - rest[:, :1]
-    if not near(raw - rest, raw):
-        raise CaptureError(
-            f"layer {index}: what its heads move through W_O is not what attention writes "
-            f"(off by {float(rest.norm() / raw.norm()):.2g}); something acts in between"
-        )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -23,7 +23,7 @@ from eyechart.flow.trace import Trace, TraceProbe
 from eyechart.models import ModelFacts, facts_of
 from eyechart.probes import Probe, capture
 from eyechart.probes.plan import fusable
-from eyechart.probes.provenance import Meter
+from eyechart.probes.provenance import Meter, provenance_of
 from eyechart.results import InformationFlow, Provenance, Sequences, SinkProfile
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def information_flow(
     evict: int = 4,
     prepend_bos: bool | None = None,
     batch_size: int | None = None,
-    accumulate: torch.dtype = torch.float32,
+    accumulate: Literal["float32", "float64"] = "float32",
     seed: int = 0,
     on_step: Callable[[str], object] = lambda step: None,
 ) -> InformationFlow:
@@ -90,7 +90,7 @@ def information_flow(
         prepend_bos: See :func:`eyechart.sequences.prepare`.
         batch_size: Sequences a pass; by default all at once, and for replacements what 16,384
             tokens hold.
-        accumulate: Number format of softmax and sums, float32 or float64.
+        accumulate: Number format of softmax and sums; a float64 model takes float64 anyway.
         seed: Of random vectors and replacement tokens.
         on_step: Called with the name of each part as its measurement begins.
 
@@ -108,7 +108,10 @@ def information_flow(
     at = _positions(prepared, query)
     wanted = _wanted(measures, probes, prepared)
     _check_places(facts, prepared, at, layer, replacements, changed, evict)
-    flow = _Flow(model, facts, prepared, at, layer, torch.promote_types(facts.dtype, accumulate))
+    if accumulate not in ("float32", "float64"):
+        raise UsageError(f"accumulate must be 'float32' or 'float64', got {accumulate!r}")
+    kind = torch.promote_types(facts.dtype, getattr(torch, accumulate))
+    flow = _Flow(model, facts, prepared, at, layer, kind)
     if measures is None:
         for name in (m for m in MEASURES if m not in wanted):
             flow.unavailable[name] = (
@@ -300,13 +303,29 @@ class _Flow:
 
     def differentiate(self, probes: int | None, seed: int) -> None:
         """Sensitivity to every position."""
-        found = self.attempt(
-            "sensitivity",
-            lambda: sensitivity(self.model, self.prepared, self.query, self.target, probes, seed),
+        with Meter(self.facts.device) as meter:
+            found = self.attempt(
+                "sensitivity",
+                lambda: sensitivity(
+                    self.model, self.prepared, self.query, self.target, probes, seed
+                ),
+            )
+        if found is None:
+            return
+        value, half = (self._masked(x) for x in found)
+        self.found |= {"sensitivity": value, "sensitivity_interval": half, "probes": probes}
+        end = "final_norm" if self.target is None else "resid_post"
+        self.sources.append(
+            provenance_of(
+                self.facts,
+                self.prepared,
+                meter,
+                attention="autograd",
+                hooks={"resid_pre": 1, end: 1},
+                passes=1,
+                seed=seed,
+            )
         )
-        if found is not None:
-            value, half = (self._masked(x) for x in found)
-            self.found |= {"sensitivity": value, "sensitivity_interval": half, "probes": probes}
 
     def replace(self, positions: Sequence[int] | None, batch_size: int | None, seed: int) -> None:
         """Replace tokens one at a time."""

@@ -4,7 +4,7 @@ Every architecture names and packs its weights in its own way (transposed, fused
 the weight). What a module does to chosen inputs says the same in one way for all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +52,20 @@ def part(model: "TransformerBridge", layer: int | None, name: str) -> nn.Module 
 
 
 def function(module: nn.Module) -> Function:
-    """A module as a function of a batch of vectors, its own hooks left alone."""
+    """A module as a function of a batch of vectors, its own hooks left alone.
+
+    The function raises CaptureError where the module wants more than vectors.
+    """
     plain = getattr(module, "original_component", None)
     plain = module if plain is None else plain
 
     def apply(x: Tensor) -> Tensor:
-        out = plain(x[None])
+        try:
+            out = plain(x[None])
+        except (TypeError, RuntimeError) as problem:
+            raise CaptureError(
+                f"{type(plain).__name__} cannot be tried by itself: {problem}"
+            ) from problem
         return (out[0] if isinstance(out, tuple) else out)[0]
 
     return apply
@@ -76,10 +84,13 @@ def norm_of(module: nn.Module | None, like: Tensor) -> Norm:
     if module is None:
         return Norm()
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(2, like.shape[-1], generator=draw, dtype=torch.float32).to(like) + 1
+    x = torch.randn(2, like.shape[-1], generator=draw, dtype=torch.float32)
+    x = 32 * (x + 1).to(like)  # large, so that the norm's own epsilon is nothing beside it
     run = function(module)
     with torch.no_grad():
         odd = (run(x) - run(-x)).double() / 2  # what a bias adds is even
+    if torch.equal(odd, x.double()):
+        return Norm()
     x = x.double()
     for centred in (False, True):
         plain = x - x.mean(dim=-1, keepdim=True) if centred else x
@@ -100,22 +111,42 @@ def linear_of(module: nn.Module, width: int, like: Tensor) -> Float[Tensor, "d_i
 
 
 def output_matrix(
-    model: "TransformerBridge", layer: int, heads: int, d_value: int, like: Tensor
+    model: "TransformerBridge",
+    layer: int,
+    heads: int,
+    d_value: int,
+    like: Tensor,
+    samples: Mapping[str, Tensor] | None = None,
 ) -> Float[Tensor, "head d_value d_model"]:
     """W_O of each head.
 
+    Args:
+        model: A TransformerBridge.
+        layer: The block.
+        heads: Query heads.
+        d_value: Width of a head's values.
+        like: A vector of the stream's width, format and device.
+        samples: Mixtures of values ("mixed") and what attention made of them ("attn_raw"), against
+            which the matrix is checked.
+
     Raises:
-        CaptureError: the block's attention has no output projection of its own.
+        CaptureError: the block's attention has no output projection of its own, or something acts
+            between it and the heads (a gate, a norm).
     """
     module = part(model, layer, "attn.o")
     if module is None:
         raise CaptureError(f"layer {layer}: attention has no output projection that can be told")
-    try:
-        matrix = linear_of(module, heads * d_value, like)
-    except RuntimeError as problem:
-        raise CaptureError(
-            f"layer {layer}: the output projection does not take {heads} heads of {d_value}"
-        ) from problem
+    matrix = linear_of(module, heads * d_value, like)
+    if samples is not None:
+        made = (samples["mixed"].to(matrix) @ matrix).flatten(0, 1)
+        truth = samples["attn_raw"].to(matrix).flatten(0, 1)
+        # A bias is the same for all tokens.
+        made, truth = made - made[:1], truth - truth[:1]
+        if not near(made, truth):
+            raise CaptureError(
+                f"layer {layer}: what its heads move through W_O is not what attention writes (off "
+                f"by {float((made - truth).norm() / truth.norm()):.2g}): something acts in between"
+            )
     return rearrange(matrix, "(h d) m -> h d m", h=heads)
 
 
@@ -133,7 +164,8 @@ def operator_norms(
         u = torch.zeros_like(y, requires_grad=True)
         (pulled,) = torch.autograd.grad(y, x, u, create_graph=True)
         draw = torch.Generator().manual_seed(0)
-        v = torch.randn(x.shape, generator=draw, dtype=torch.float32).to(x)
+        # The same start everywhere, so that a vector's norm does not depend on its company.
+        v = torch.randn(x.shape[-1], generator=draw, dtype=torch.float32).to(x).expand_as(x)
         size = torch.zeros_like(v[:, 0])
         for _ in range(steps):
             v = v / v.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)

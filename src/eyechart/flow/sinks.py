@@ -33,7 +33,7 @@ class SinkProbe(StreamProbe[tuple[SinkProfile, Provenance]]):
 
     def sites(self, model: "TransformerBridge") -> Sequence[str]:
         """The stream and attention."""
-        return (*super().sites(model), "attention")
+        return ("resid_pre", "resid_post", "attention")
 
     def observe(self, activation: Any, look: Look) -> Mapping[str, Tensor]:
         """Ratios and cosines of one layer, or of the stream at one depth."""

@@ -63,7 +63,7 @@ class PairProbe(StreamProbe[tuple[Tensor, Provenance]]):
 
     def sites(self, model: "TransformerBridge") -> Sequence[str]:
         """The stream, and attention, so that no pattern is made."""
-        return (*super().sites(model), "attention")
+        return ("resid_pre", "resid_post", "attention")
 
     def observe(self, activation: Tensor, look: Look) -> Mapping[str, Tensor]:
         """Distances of the stream."""

@@ -7,7 +7,7 @@ and Lemmas B.6 to B.8; Wu et al., arXiv 2502.01951, Theorem 4.1).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -57,7 +57,7 @@ def uniform(length: int, dtype: torch.dtype = torch.float64) -> Float[Tensor, "q
 
 
 def hitting_depth(
-    blocks: Iterable[tuple[int, Float[Tensor, "batch query key"]]], length: int
+    blocks: Iterator[tuple[int, Float[Tensor, "batch query key"]]], length: int
 ) -> Float[Tensor, "batch position"]:
     """Expected number of layers until a token's mass sits on the first, if all were this layer.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eyechart.kernels import AttentionCall, attend, blocks, carry
@@ -22,6 +22,7 @@ from eyechart.results import Provenance, Sequences
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+SAMPLE = 32
 _AROUND = ("resid_pre", "attn_raw", "attn_out")
 _SPREADS = ("resid_pre", "attn_raw", "attn_out", "resid_mid", "resid_post")
 _BLOCK = 128  # queries of a kept pattern that are handed on at once
@@ -45,7 +46,8 @@ class Layer:
         spread_mid: The same of the stream between attention and MLP.
         spread_after: The same of the stream out of the block.
         spread_raw: The same of attention's output before a norm that follows it.
-        samples: Stream and writes at a few positions, by site.
+        samples: Stream and writes at a few positions, by site; "mixed" is each head's mixture of
+            values as attention computed it, side by side.
     """
 
     call: AttentionCall | None = None
@@ -145,6 +147,8 @@ class TraceProbe(Probe[Trace]):
             wanted += _AROUND
         if self.bound or self.contributions:
             wanted += _SPREADS
+        if "ln1_post" not in dict(model.blocks[0].named_children()):
+            wanted = [site for site in wanted if site != "attn_raw"]  # what it writes is the same
         if (self.contributions or self.bound) and self.values_hook:
             wanted.append("v")
         return tuple(dict.fromkeys(site for site in wanted if has_site(model, site)))
@@ -159,7 +163,7 @@ class TraceProbe(Probe[Trace]):
         if look.site in _SPREADS:
             wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
             kept["spread"] = spread_of(wide)
-            kept["sample"] = wide[:, sample_of(wide.shape[1]).to(wide.device)]
+            kept["sample"] = at_sample(wide, look.mask)
         return kept
 
     def _attention(self, activation: Any, look: Look) -> Mapping[str, Tensor]:
@@ -177,7 +181,9 @@ class TraceProbe(Probe[Trace]):
             accumulate=self.accumulate,
         )
         if self.contributions or self.bound:
+            assert call.output is not None
             kept["values"] = call.v.clone()
+            kept["mixed"] = at_sample(call.output, look.mask).flatten(2)
         batch = call.q.shape[0]
         kept["scale"] = torch.full((batch,), call.scale, dtype=torch.float64)
         if call.softcap is not None:
@@ -196,6 +202,10 @@ class TraceProbe(Probe[Trace]):
         def at(site: str, name: str, layer: int) -> Tensor | None:
             return observations.layers(site, name).get(layer)
 
+        def either(site: str, instead: str, name: str, layer: int) -> Tensor | None:
+            found = at(site, name, layer)
+            return at(instead, name, layer) if found is None else found
+
         passed = {
             layer
             for name in ("q", "pattern")
@@ -212,12 +222,12 @@ class TraceProbe(Probe[Trace]):
                 pattern=at("attention", "pattern", layer),
                 diagonal=at("attention", "diagonal", layer),
                 before=at("resid_pre", "whole", layer),
-                raw=at("attn_raw", "whole", layer),
+                raw=either("attn_raw", "attn_out", "whole", layer),
                 write=at("attn_out", "whole", layer),
                 spread_before=at("resid_pre", "spread", layer),
                 spread_mid=at("resid_mid", "spread", layer),
                 spread_after=at("resid_post", "spread", layer),
-                spread_raw=at("attn_raw", "spread", layer),
+                spread_raw=either("attn_raw", "attn_out", "spread", layer),
                 samples={
                     site: x for site in _SPREADS if (x := at(site, "sample", layer)) is not None
                 },
@@ -238,6 +248,15 @@ class TraceProbe(Probe[Trace]):
                 made.lse = part["lse"]
             elif (values := at("v", "whole", layer)) is not None and values.ndim == 4:
                 made.values = rearrange(values, "b k g d -> b g k d")
+            if (mixed := at("attention", "mixed", layer)) is not None:
+                made.samples["mixed"] = mixed
+            elif made.pattern is not None and made.values is not None:
+                shared = made.heads // made.values.shape[1]
+                values = made.values.repeat_interleave(shared, dim=1).to(made.pattern.dtype)
+                mixed = rearrange(made.pattern @ values, "b h q d -> b q (h d)")
+                made.samples["mixed"] = at_sample(mixed, sequences.mask)
+            if "attn_out" in made.samples:
+                made.samples.setdefault("attn_raw", made.samples["attn_out"])
             layers[layer] = made
         return Trace(layers, observations.fused, sequences, provenance)
 
@@ -253,6 +272,16 @@ def spread_of(stream: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 
     return torch.stack([rms, stream.std(dim=-1, correction=0)], dim=-1)
 
 
-def sample_of(length: int, count: int = 32) -> Int[Tensor, " sample"]:
-    """Positions where a text is sampled: all, or evenly spread with both ends."""
-    return torch.linspace(0, length - 1, min(length, count)).round().long()
+def sample_of(mask: Bool[Tensor, "batch position"]) -> Int[Tensor, "batch sample"]:
+    """Positions where each text is sampled: all of a short one, else evenly spread to both ends."""
+    last = mask.sum(dim=-1, keepdim=True) - 1
+    steps = torch.linspace(0, 1, min(mask.shape[1], SAMPLE), dtype=torch.float64)
+    return (steps.to(mask.device) * last).round().long()
+
+
+def at_sample(
+    stream: Float[Tensor, "batch position *rest"], mask: Bool[Tensor, "batch position"]
+) -> Float[Tensor, "batch sample *rest"]:
+    """A stream where each text is sampled."""
+    batch = torch.arange(len(mask), device=stream.device)[:, None]
+    return stream[batch, sample_of(mask).to(stream.device)]

@@ -31,7 +31,8 @@ class Provenance:
         dtype: Number format of the parameters.
         device: Where the embedding lives.
         attention: How attention was computed: "pattern" by TransformerBridge's explicit softmax,
-            "fused" without a pattern, or both, by layer or by part.
+            "fused" without a pattern, "autograd" by torch with a graph for derivatives; several of
+            them where layers or parts differ.
         tokens: SHA-256 of the real tokens.
         seed: Seed of whatever was random, None where nothing was.
         hooks: Times each kind of hook fired, over all forward passes.
