@@ -13,7 +13,7 @@ could not be tested, 2 if it was called wrongly.
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -23,9 +23,28 @@ import plotly.graph_objects as go
 from transformer_lens.model_bridge import TransformerBridge
 
 import eyechart
+from eyechart.errors import UnsupportedModelError
 from eyechart.models import DEFAULT_MODEL, facts_of
 from eyechart.probes.provenance import versions
+from eyechart.results import InformationFlow
+from eyechart.results.figures import GREY
 from eyechart.results.files import ensure_writable, write_text_whole
+from eyechart.texts import TEXTS
+
+EIGHT = {
+    name: TEXTS[name]
+    for name in (
+        "narrative",
+        "news",
+        "letter",
+        "python",
+        "proof",
+        "recipe",
+        "dialogue",
+        "german",
+    )
+}
+"""Texts of every domain, for what costs many passes."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,44 @@ class Finding:
     numbers: dict[str, float]
     data: pd.DataFrame
     figure: go.Figure
+
+
+def require(flow: InformationFlow, *names: str) -> None:
+    """Refuse a model that does not allow a picture the claim is about.
+
+    Raises:
+        UnsupportedModelError: says which and why.
+    """
+    if missing := [name for name in names if getattr(flow, name) is None]:
+        reasons = "; ".join(f"{name}: {flow.unavailable.get(name)}" for name in missing)
+        raise UnsupportedModelError(f"the claim cannot be tested on this model: {reasons}")
+
+
+def line_a_text(
+    data: pd.DataFrame, x: str, y: str, thick: Mapping[str, Sequence[float]] | None = None
+) -> go.Figure:
+    """A thin line a text, and thick ones over 0, 1, 2, ... for what is true of all of them."""
+    figure = go.Figure()
+    for text in data["text"].unique():
+        rows = data[data["text"] == text]
+        figure.add_scatter(x=rows[x], y=rows[y], name=text, line_width=1, opacity=0.6)
+    for (name, values), dash in zip((thick or {}).items(), ("solid", "dot"), strict=False):
+        line = {"width": 4, "color": GREY, "dash": dash}
+        figure.add_scatter(x=list(range(len(values))), y=list(values), name=name, line=line)
+    figure.update_traces(mode="lines")
+    return dressed(figure, x, y)
+
+
+def dressed(figure: go.Figure, x: str, y: str) -> go.Figure:
+    """Axes named, legible on white and on black."""
+    return figure.update_layout(
+        template="none",
+        font_color=GREY,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        xaxis_title=x,
+        yaxis_title=y,
+    )
 
 
 def main(claim: Claim, measure: Callable[[TransformerBridge, int], Finding]) -> NoReturn:

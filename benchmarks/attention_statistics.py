@@ -17,41 +17,25 @@ result in ``benchmarks/results``. ``attention_statistics_gpu.py`` does the same 
 """
 
 import argparse
-import ctypes
-import gc
-import json
-import os
-import platform
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-
-RESULTS = Path(__file__).parent / "results"
-
-Run = Callable[[torch.Tensor], Any]
-
-
-def text_ids(model: Any, length: int) -> torch.Tensor:
-    """English text of exactly that many tokens: the built-in prompt, its paragraphs numbered."""
-    import eyechart
-
-    paragraphs = "\n\n".join(f"{i}. {eyechart.sequences.BUILT_IN_PROMPT}" for i in range(1, 60))
-    ids = eyechart.sequences.prepare(
-        model,
-        eyechart.sequences.from_ids(
-            model, [eyechart.sequences.fragment(model, paragraphs)[:length]]
-        ),
-    ).tokens
-    if ids.shape[1] != length:
-        raise SystemExit(f"the text has only {ids.shape[1]} tokens")
-    return ids
+from common import (
+    PLAIN,
+    Run,
+    bridge,
+    environment,
+    peak,
+    seconds,
+    table,
+    text_ids,
+    transformers_sdpa,
+    write,
+)
 
 
 def reductions(pattern: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -67,28 +51,6 @@ def reductions(pattern: torch.Tensor) -> tuple[torch.Tensor, ...]:
         position - pattern @ position,
         pattern.sum(-2) / torch.arange(n, 0, -1),
     )
-
-
-def transformers_sdpa() -> Run:
-    from transformers import AutoModelForCausalLM
-
-    from eyechart.models import CATALOGUE, DEFAULT_MODEL
-
-    model = AutoModelForCausalLM.from_pretrained(
-        CATALOGUE[DEFAULT_MODEL].folder(), attn_implementation="sdpa", dtype=torch.float32
-    ).eval()
-
-    def run(ids: torch.Tensor) -> None:
-        with torch.no_grad():
-            model.model(ids, use_cache=False)
-
-    return run
-
-
-def bridge() -> Any:
-    import eyechart
-
-    return eyechart.load(device="cpu")
 
 
 def fused(**options: Any) -> Run:
@@ -163,7 +125,7 @@ def cache() -> Run:
     return run
 
 
-PLAIN, FUSED = "transformers, SDPA, nothing measured", "eyechart, fused"
+FUSED = "eyechart, fused"
 CONTENDERS: dict[str, Callable[[], Run]] = {
     PLAIN: transformers_sdpa,
     FUSED: fused,
@@ -175,55 +137,6 @@ CONTENDERS: dict[str, Callable[[], Run]] = {
 }
 LINEAR = (PLAIN, FUSED)
 """What is measured at the lengths after the first as well."""
-
-
-def seconds(names: Sequence[str], length: int, repeats: int) -> dict[str, float]:
-    """Best time of each, taking turns."""
-    ids = text_ids(bridge(), length)
-    runs = {name: CONTENDERS[name]() for name in names}
-    best = dict.fromkeys(names, float("inf"))
-    for run in runs.values():
-        run(ids[:, :64])  # rehearsal, compilation, allocator
-    for _ in range(repeats):
-        for name, run in runs.items():
-            gc.collect()
-            start = time.perf_counter()
-            run(ids)
-            best[name] = min(best[name], time.perf_counter() - start)
-            print(f"  {name}: {best[name]:.2f} s", file=sys.stderr, flush=True)
-    return best
-
-
-def peak(name: str, length: int) -> dict[str, int]:
-    """Bytes above the loaded model, and of the whole process, at the peak of one run."""
-    script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-        f"import attention_statistics as b; b.measure_peak({name!r}, {length})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure_peak(name: str, length: int) -> None:
-    ids = text_ids(bridge(), length)
-    run = CONTENDERS[name]()
-    run(ids[:, :64])
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that "above" is above something
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
-    run(ids)
-    whole = _status("VmHWM")
-    print(json.dumps({"above": whole - before, "whole": whole}))
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("peak memory is measured on Linux only")
 
 
 def equality(length: int) -> dict[str, float]:
@@ -309,39 +222,6 @@ def crossing(repeats: int = 5) -> dict[int, float]:
     return found
 
 
-def table(length: int, times: dict[str, float], peaks: dict[str, dict[str, int]]) -> list[str]:
-    """One length as Markdown."""
-    lines = [
-        f"### {length:,} tokens",
-        "",
-        "| | seconds | times the plain pass | peak above the model | times the plain pass |",
-        "|---|---|---|---|---|",
-    ]
-    for name in times:
-        above = peaks[name]["above"]
-        lines.append(
-            f"| {name} | {times[name]:.2f} | {times[name] / times[PLAIN]:.2f} | "
-            f"{above / 2**20:,.0f} MiB | {above / peaks[PLAIN]['above']:.1f} |"
-        )
-    return [
-        *lines,
-        "",
-        f"Whole process of the fused run: {peaks[FUSED]['whole'] / 2**30:.2f} GiB.",
-        "",
-    ]
-
-
-def environment() -> str:
-    from eyechart.probes.provenance import versions
-
-    said = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return (
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; {said}; "
-        f"SmolLM2-135M-Instruct, float32, CPU, batch 1; nothing is drawn at random."
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -355,10 +235,12 @@ def main() -> None:
     data: dict[str, Any] = {"environment": environment()}
     for index, length in enumerate(given.lengths):
         names = list(CONTENDERS if index == 0 else LINEAR)
-        times = seconds(names, length, given.repeats)
-        peaks = {name: peak(name, length) for name in names}
+        times = seconds(CONTENDERS, names, length, given.repeats)
+        peaks = {name: peak("attention_statistics", name, length) for name in names}
         data[str(length)] = {"seconds": times, "peaks": peaks}
-        page += table(length, times, peaks)
+        whole = peaks[FUSED]["whole"] / 2**30
+        page += [*table(length, times, peaks), f"Whole process of the fused run: {whole:.2f} GiB."]
+        page.append("")
     data["equality"] = equality(given.lengths[0])
     data["half"] = half()
     data["fused over pattern"] = crossing()
@@ -377,11 +259,7 @@ def main() -> None:
     text = "\n".join([*page, ""])
     print(text)
     if given.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "attention_statistics.md").write_text(text, encoding="utf-8")
-        (RESULTS / "attention_statistics.json").write_text(
-            json.dumps(data, indent=1), encoding="utf-8"
-        )
+        write("attention_statistics", text, data)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 import eyechart
 from eyechart.errors import FallbackWarning
 from eyechart.models import facts_of
@@ -167,11 +172,45 @@ UNFUSED = {"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "openai-gpt",
 
 
 @contextmanager
-def built(family: str) -> Iterator[Path]:
-    """A folder with the tiny random model of a family."""
+def built(family: str, gain: float = 1) -> Iterator[Path]:
+    """A folder with the tiny random model of a family, its matrices multiplied by ``gain``."""
     with tempfile.TemporaryDirectory() as folder:
         build_tiny(family, FAMILIES[family], Path(folder))
+        if gain != 1:
+            file = Path(folder, "model.safetensors")
+            weights = {k: w * gain if w.ndim > 1 else w for k, w in load_file(file).items()}
+            save_file(weights, file, metadata={"format": "pt"})
         yield Path(folder)
+
+
+def beside_plain(family: str, gain: float = 4) -> tuple[Any, Any]:
+    """The bridge of a tiny model whose heads have preferences, and transformers' own of it."""
+    with built(family, gain) as folder:
+        plain = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32
+        )
+        return eyechart.load(str(folder), device="cpu"), plain.eval()
+
+
+def additive_mask(plain: Any, start: Tensor) -> Any:
+    """The 4D mask that hides from each query the keys before ``start``, in transformers' form.
+
+    Causal masks and windows included, so that it stands for the one that the model makes itself.
+    """
+    config, at = plain.config, torch.arange(len(start))
+
+    def written(first: Tensor) -> Tensor:
+        hidden = (at[None] > at[:, None]) | (at[None] < first[:, None])
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros(hidden.shape).masked_fill(hidden, lowest)[None, None]
+
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        return written(start)
+    sliding = written(torch.maximum(start, at - window + 1))
+    if getattr(config, "layer_types", None) is None:
+        return sliding
+    return {"full_attention": written(start), "sliding_attention": sliding}
 
 
 def table() -> str:

@@ -15,7 +15,7 @@ import eyechart
 from eyechart.attention import AttentionProbe
 from eyechart.cli import app
 from eyechart.models import CATALOGUE, DEFAULT_MODEL
-from eyechart.results import Exam
+from eyechart.results import Exam, InformationFlow
 
 TINY = "tiny-random-llama"
 HOSTILE = "</script><img src=x onerror=alert(1)>[red]markup[/red]"
@@ -43,6 +43,7 @@ def test_exam_prints_saves_and_reports(out):
         "diagonal heads",
         "previous-token heads",
         "collapse",
+        "information flow",
     ):
         assert words in done.stdout
     assert re.search(r"L\dH\d 0\.\d{3}", done.stdout)
@@ -79,7 +80,60 @@ def test_json_is_the_summary(out):
     said = json.loads(done.stdout)
     assert said["model"] == TINY and said["tokens"] == [4] and said["failures"] == {}
     assert len(said["sinks"]) == 3 and said["folder"] == str(out)
-    assert eyechart.open_result(out).provenance.seed == 7
+    assert [row["truth"] for row in said["information_flow"]["agreement"]]
+    found = eyechart.open_result(out)
+    assert found.provenance.seed == found.flow.provenance.seed == 7
+
+
+def test_flow_prints_saves_and_reports(out, monkeypatch):
+    arguments = ["--query", -2, "--probes", 0, "--out", out, "--device", "cpu"]
+    done = run("flow", TINY, "--prompt", "Some text to look at.", *arguments)
+    assert done.exit_code == 0, done.stderr
+    for words in ("rollout: ", "sensitivity: first token", "agreement with sensitivity", "written"):
+        assert words in done.stdout
+    assert len(done.stdout.splitlines()) < 25 and done.stderr == ""
+    found = eyechart.open_result(out)
+    assert isinstance(found, InformationFlow)
+    assert "".join(found.sequences.labels[0][1:]) == "Some text to look at."
+    assert found.query.tolist() == [found.sequences.lengths[0] - 2]
+    assert found.probes is None and found.sensitivity is not None and found.target == "final norm"
+    page = (out / "report.html").read_bytes()
+    assert b"Where information comes from</h2>" in page and b"Every head</h2>" not in page
+    monkeypatch.setattr("eyechart.models.load", lambda *_, **__: pytest.fail("opened a model"))
+    (out / "report.html").unlink()
+    assert run("report", out).exit_code == 0
+    assert (out / "report.html").read_bytes() == page
+
+
+def test_flow_measures_what_is_asked_for(out):
+    asked = ["--measures", "rollout, sensitivity", "--layer", 0, "--probes", 3, "--seed", 7]
+    done = run("flow", TINY, "-", *asked, "--no-bos", "--json", "--out", out, stdin="Piped in")
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["tokens"] == [8] and said["folder"] == str(out)
+    flow = said["information_flow"]
+    assert flow["target"] == "layer 0" and flow["query"] == [7] and flow["unavailable"] == {}
+    pairs = [(row["measure"], row["truth"]) for row in flow["agreement"]]
+    assert pairs == [("attention", "sensitivity"), ("rollout", "sensitivity")]
+    found = eyechart.open_result(out)
+    assert found.probes == 3 and found.provenance.seed == 7
+    assert found.alti is found.spread is found.sinks is found.replacement_kl is None
+
+
+def test_flow_takes_the_built_in_text_and_the_default_model(out, monkeypatch):
+    monkeypatch.setattr("eyechart.models.DEFAULT_MODEL", "handmade")
+    monkeypatch.setattr("eyechart.sequences.BUILT_IN_PROMPT", "Hello.")
+    load = eyechart.models.load
+    opened = []
+
+    def tiny(name, **options):
+        opened.append(name)
+        return load(TINY, **options)
+
+    monkeypatch.setattr("eyechart.models.load", tiny)
+    assert run("flow", "--measures", "rollout", "--out", out).exit_code == 0
+    found = eyechart.open_result(out)
+    assert opened == ["handmade"] and found.sequences.name == "built-in prompt"
 
 
 def test_report_is_made_again_from_the_data_alone(out, tmp_path, monkeypatch):
@@ -96,7 +150,7 @@ def test_report_is_made_again_from_the_data_alone(out, tmp_path, monkeypatch):
 def test_report_of_something_else(out, llama, tmp_path):
     eyechart.residual_norms(llama, "abc").save(out)
     done = run("report", out)
-    assert done.exit_code == 1 and "holds a ResidualNorms, not a Exam" in done.stderr
+    assert done.exit_code == 1 and "holds a ResidualNorms; a report shows" in done.stderr
     done = run("report", tmp_path / "absent")
     assert done.exit_code == 1 and "no saved result" in done.stderr
 
@@ -121,11 +175,16 @@ def test_models_lists_the_catalogue():
         (["exam", TINY, "text"], 2, "unexpected argument 'text'"),
         (["exam", TINY, "--prompt-file", "absent.txt"], 2, "cannot read 'absent.txt'"),
         (["exam", TINY, "--wrong"], 2, "No such option"),
+        (["flow", TINY, "--prompt", "abc", "--measures", "rolout"], 2, "unknown measures 'rolout'"),
+        (["flow", TINY, "--prompt", "abc", "--query", "9"], 2, "a sequence has 4 tokens"),
+        (["flow", TINY, "--prompt", "abc", "--layer", "9"], 2, "layers 0 to 1"),
+        (["flow", TINY, "--probes", "-1"], 2, "greater than or equal to 0"),
+        (["flow", TINY, "--prompt", ""], 1, "the prompt is empty"),
         (["look"], 2, "No such command"),
     ],
 )
 def test_wrong_calls_end_with_a_message_and_a_status(arguments, status, message, out):
-    if arguments[0] == "exam":
+    if arguments[0] in ("exam", "flow"):
         arguments = [*arguments, "--out", out]
     done = run(*arguments, stdin="piped")
     assert done.exit_code == status, done.output
@@ -156,16 +215,20 @@ def test_a_folder_that_fails_at_the_end_loses_nothing(out, monkeypatch):
     assert isinstance(eyechart.open_result(elsewhere[1]), Exam)
 
 
-def test_a_failed_step_is_told_and_the_rest_is_kept(out, monkeypatch):
+@pytest.mark.parametrize(
+    ("function", "step", "part"),
+    [("collapse_curve", "collapse", "collapse"), ("information_flow", "information flow", "flow")],
+)
+def test_a_failed_step_is_told_and_the_rest_is_kept(out, monkeypatch, function, step, part):
     def fail(*_, **__):
         raise eyechart.EyechartError("this step failed on purpose")
 
-    monkeypatch.setattr("eyechart.examine.collapse_curve", fail)
+    monkeypatch.setattr(f"eyechart.examine.{function}", fail)
     done = run("exam", TINY, "--prompt", "abc", "--out", out)
     assert done.exit_code == 1
-    assert "collapse: this step failed on purpose" in done.stdout
+    assert f"{step}: this step failed on purpose" in done.stdout
     found = eyechart.open_result(out)
-    assert found.collapse is None and found.attention is not None
+    assert getattr(found, part) is None and found.attention is not None
     assert "this step failed on purpose" in (out / "report.html").read_text(encoding="utf-8")
 
 
@@ -187,7 +250,8 @@ def test_when_heads_fail_the_stream_is_kept(llama):
         found = eyechart.exam(llama, "abc")
     assert found.attention is None and found.residual is not None and found.collapse is not None
     assert list(found.failures) == ["attention"]
-    assert found.provenance.forward_passes == 2
+    assert found.residual.provenance.forward_passes == found.collapse.forward_passes == 1
+    assert found.flow is not None
 
 
 def test_hostile_prompts_are_printed_as_text(out):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from flows import LABELS, made_up_flow
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import eyechart
@@ -19,6 +20,7 @@ from eyechart.report.security import json_text, script_text
 from eyechart.results import (
     AttentionPatterns,
     Exam,
+    InformationFlow,
     ResidualNorms,
     Sequences,
     open_result,
@@ -34,7 +36,12 @@ HOSTILE = (
     "&lt;i&gt;\u2028{{ 7 * 7 }}%{x}",
 )
 BIG = 10_000_000
-FIGURES = ("attention", "residual", "collapse")
+FIGURES = {
+    "attention": ("attention",),
+    "residual": ("residual",),
+    "collapse": ("collapse",),
+    "flow": ("flow", "map", "spread", "sinks"),
+}
 
 WATCH = """
 window.__violations = [];
@@ -150,7 +157,7 @@ OpenReport = Callable[..., Opened]
 def open_report(browser: Browser, tmp_path: Path) -> Iterator[OpenReport]:
     contexts = []
 
-    def opened(exam: Exam, **options: Any) -> Opened:
+    def opened(exam: Exam | InformationFlow, **options: Any) -> Opened:
         path = write_report(exam, tmp_path / "report.html")
         context = browser.new_context(
             **{"offline": True, "viewport": {"width": 1280, "height": 900}, **options}
@@ -189,7 +196,9 @@ def relabelled(exam: Exam, tokens: tuple[str, ...]) -> Exam:
         sequences = dataclasses.replace(part.sequences, labels=(renamed,))
         return dataclasses.replace(part, sequences=sequences)
 
-    parts = {name: rename(getattr(exam, name)) for name in ("residual", "attention", "patterns")}
+    parts = {
+        name: rename(getattr(exam, name)) for name in ("residual", "attention", "patterns", "flow")
+    }
     return dataclasses.replace(rename(exam), **parts)
 
 
@@ -437,10 +446,13 @@ def test_a_long_text_in_a_large_model_stays_small(exam: Exam) -> None:
         largest_dimension=torch.zeros(*shape, 3, dtype=torch.long),
         median=torch.ones(shape[:2]),
     )
-    page = render(dataclasses.replace(big, residual=residual))
+    flow = made_up_flow(big.sequences.labels[0], layers=64)
+    page = render(dataclasses.replace(big, residual=residual, flow=flow))
     assert len(page.encode()) < BIG
     assert len(embedded(page)["figures"]["residual"]["data"][0]["x"]) == 2048
     assert "the first 2048 of 4096 tokens" in page
+    assert len(embedded(page)["figures"]["spread"]["data"][0]["x"]) == 2 * 84 + 1
+    assert "the first 84 and the last 84 positions" in page
 
 
 def test_embedded_patterns_equal_the_result(exam: Exam) -> None:
@@ -453,19 +465,162 @@ def test_embedded_patterns_equal_the_result(exam: Exam) -> None:
             torch.testing.assert_close(shown, wanted, atol=5.1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("part", ["attention", "patterns", "residual", "collapse"])
+@pytest.mark.parametrize("part", ["attention", "patterns", "residual", "collapse", "flow"])
 def test_a_failed_part_is_told_in_its_place(exam: Exam, open_report: OpenReport, part: str) -> None:
     section = {"attention": "heads", "patterns": "striking"}.get(part, part)
-    failures = {part: "out of memory: choose a smaller batch"}
+    step = {"flow": "information flow"}.get(part, part)
+    failures = {step: "out of memory: choose a smaller batch"}
     changes: dict[str, Any] = {part: None, "failures": failures}
     report = open_report(dataclasses.replace(exam, **changes))
     page = report.page
     assert "smaller batch" in page.inner_text(f"#{section} .failed")
     assert "smaller batch" in page.inner_text("#summary .failed")
     assert page.locator("main .failed").count() == 2
-    for name in FIGURES:
-        assert page.locator(f"#figure-{name} .main-svg").count() == (0 if name == part else 3)
+    for shown, names in FIGURES.items():
+        for name in names:
+            assert page.locator(f"#figure-{name} .main-svg").count() == (0 if shown == part else 3)
     assert (page.locator("#attention-0 canvas").count() == 0) == (part == "patterns")
+    report.is_clean()
+
+
+def test_a_part_that_was_not_asked_for_is_left_out(exam: Exam, open_report: OpenReport) -> None:
+    report = open_report(dataclasses.replace(exam, flow=None, collapse=None))
+    page = report.page
+    links = page.locator("nav a").all_inner_texts()
+    assert links == page.locator("main section > h2").all_inner_texts()
+    assert "Every head" in links and "Collapse" not in links
+    assert "Where information comes from" not in links
+    assert page.locator("main .failed").count() == 0
+    assert "2005.00928" not in page.inner_text("#measured")
+    report.is_clean()
+
+
+def test_a_flow_alone_is_a_report_of_its_own(open_report: OpenReport) -> None:
+    report = open_report(made_up_flow())
+    page = report.page
+    sections = page.eval_on_selector_all("main section", "all => all.map(s => s.id)")
+    assert sections == ["summary", "text", "flow", "measured"]
+    assert page.locator("nav a").count() == 4 and page.locator("main .failed").count() == 0
+    for name in FIGURES["flow"]:
+        assert page.locator(f"#figure-{name} .main-svg").count() == 3
+    sources = page.inner_text("#measured ul")
+    for number in ("2406.04267", "2005.00928", "2004.10102", "2203.04212", "2410.13835"):
+        assert number in sources
+    assert "2402.17762" not in sources  # massive activations were not looked for
+    report.is_clean()
+
+
+def test_the_section_on_flow_tells_the_result_s_numbers(open_report: OpenReport) -> None:
+    flow = made_up_flow()
+    page = open_report(flow).page
+    tiles = page.locator("#summary .tile .big").all_inner_texts()
+    first, last = flow.u_shape("sensitivity")[0]
+    table = flow.agreement().pivot(index="measure", columns="truth", values="spearman")
+    assert tiles[0] == f"{first:.1f} · {last:.1f}"
+    assert tiles[1] == f"{float(flow.sink_share[0, -1]):.2f}"
+    assert tiles[2] == "attention" == str(table["sensitivity"].idxmax())
+    rows = page.locator(".agreement tbody tr").all()
+    assert [row.locator("th").inner_text() for row in rows] == [
+        *("attention", "rollout", "path bound", "norm-weighted rollout", "ALTI")
+    ]
+    for name, row in zip(("attention", "rollout", "path_bound"), rows, strict=False):
+        assert row.locator("td").all_inner_texts()[:3] == [
+            f"{table[truth][name]:.2f}"
+            for truth in ("sensitivity", "replacement_kl", "replacement_change")
+        ]
+    said = page.inner_text("#flow")
+    assert "token 7, “.”" in said and "from 16 random vectors" in said
+    assert "operator norms of the blocks" in said
+    exact = render(made_up_flow(probes=None))
+    assert "by its embedding, exact)" in exact
+
+
+def test_maps_are_chosen_from_the_keyboard(open_report: OpenReport) -> None:
+    flow = made_up_flow()
+    report = open_report(flow)
+    page = report.page
+
+    def shown() -> list[float]:
+        return page.evaluate('document.getElementById("figure-map").data[0].customdata[2]')
+
+    chosen = page.get_by_label("rollout", exact=True)
+    assert chosen.is_checked()
+    chosen.focus()
+    for name in ("rollout", "norm_rollout", "alti", "attention", "through"):
+        assert page.locator("input[name=map]:checked").get_attribute("value") == name
+        assert shown() == pytest.approx(getattr(flow, name)[0, 2].tolist(), rel=1e-2)
+        page.keyboard.press("ArrowDown")
+    assert chosen.is_checked()
+    report.is_clean()
+    # A map that is drawn later is in the ink of the scheme of then.
+    page.emulate_media(color_scheme="dark")
+    page.keyboard.press("ArrowDown")
+    page.wait_for_timeout(300)
+    assert page.evaluate(
+        """getComputedStyle(document.querySelector("#figure-map .xtick text")).fill
+           === getComputedStyle(document.body).color"""
+    )
+
+
+def test_missing_pictures_are_named_with_their_reason(open_report: OpenReport) -> None:
+    report = open_report(
+        made_up_flow(
+            alti=None,
+            spread=None,
+            spread_evicted=None,
+            sinks=None,
+            sinks_other_bos=None,
+            unavailable={"alti": f"no place to look {HOSTILE[0]}", HOSTILE[1]: "unheard of"},
+        )
+    )
+    page = report.page
+    assert page.locator("#flow .missing li").all_inner_texts() == [
+        f"ALTI: no place to look {HOSTILE[0]}",
+        f"{HOSTILE[1]}: unheard of",
+    ]
+    assert page.locator("input[value=alti]").count() == 0
+    assert page.locator("#figure-spread, #figure-sinks").count() == 0  # no empty panels
+    assert page.locator("#figure-map .heatmaplayer image").count() == 1
+    report.is_clean()
+
+
+@pytest.mark.parametrize("kept", ["sensitivity", "path_bound", "spread", "sinks", "topology"])
+def test_one_picture_is_enough_for_a_page(open_report: OpenReport, kept: str) -> None:
+    names = (
+        *("attention", "rollout", "through", "norm_rollout", "alti", "path_bound", "sensitivity"),
+        *("sensitivity_interval", "replacement_kl", "replacement_change", "spread"),
+        *("spread_evicted", "sinks", "sinks_other_bos", "eigenvalues", "hitting_depth"),
+    )
+    left = "eigenvalues" if kept == "topology" else kept
+    gone: dict[str, Any] = {name: None for name in names if name != left}
+    report = open_report(made_up_flow(**gone))
+    drawn = report.page.eval_on_selector_all("#flow .js-plotly-plot", "all => all.map(p => p.id)")
+    assert drawn == [f"figure-{kept if kept in ('spread', 'sinks', 'topology') else 'flow'}"]
+    report.is_clean()
+
+
+def test_hostile_tokens_in_the_flow(open_report: OpenReport) -> None:
+    labels = (HOSTILE[0], HOSTILE[1], HOSTILE[2], *LABELS[3:7], HOSTILE[4])
+    flow = made_up_flow(labels, bound_variant=HOSTILE[0])
+    report = open_report(flow)
+    page = report.page
+    shown = [token.replace(" ", "·") for token in labels]
+    for name in ("flow", "map", "spread"):
+        ticks = page.locator(f"#figure-{name} .xtick text").all_text_contents()
+        assert f"0 {shown[0]}" in ticks
+        assert page.locator(f"#figure-{name} .xtick :is(a, tspan)").count() == 0
+    assert f"token 2, “{shown[2]}”, changed to “<b>new</b>”" in (
+        page.locator("#figure-spread .annotation-text").first.text_content() or ""
+    )
+    assert f"“{shown[7]}”" in page.inner_text("#flow .see >> nth=0")
+    assert HOSTILE[0] in page.inner_text(".agreement")
+    page.locator("#figure-map .heatmaplayer image").scroll_into_view_if_needed()
+    box = page.locator("#figure-map .heatmaplayer image").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 3, box["y"] + box["height"] / 2)
+    page.wait_for_selector("#figure-map .hoverlayer .hovertext")
+    assert shown[0] in (page.locator("#figure-map .hovertext").first.text_content() or "")
+    assert page.locator("main img, main a[href^=javascript]").count() == 0
     report.is_clean()
 
 
@@ -507,11 +662,13 @@ def test_two_sequences(llama: Any, open_report: OpenReport) -> None:
     report.is_clean()
 
 
-def test_the_same_exam_gives_the_same_bytes(exam: Exam, tmp_path: Path) -> None:
-    page = render(exam)
-    assert render(exam) == page
-    exam.save(tmp_path / "exam")
-    assert render(open_result(tmp_path / "exam")) == page
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_same_result_gives_the_same_bytes(exam: Exam, tmp_path: Path, alone: bool) -> None:
+    result = made_up_flow() if alone else exam
+    page = render(result)
+    assert render(result) == page
+    result.save(tmp_path / "result")
+    assert render(open_result(tmp_path / "result")) == page
 
 
 def test_the_summary_is_the_exam_s(exam: Exam, open_report: OpenReport) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flows import made_up_flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,10 +33,11 @@ def results(llama):
         "collapse": eyechart.collapse_curve(llama, lengths=(1, 4)),
         "patterns": patterns,
         "exam": eyechart.exam(llama, texts, lengths=(1, 4)),
+        "flow": made_up_flow(unavailable={"alti": "</script>"}),
     }
 
 
-KINDS = ("attention", "residual", "collapse", "patterns", "exam")
+KINDS = ("attention", "residual", "collapse", "patterns", "exam", "flow")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,6 +48,26 @@ def test_a_saved_result_opens_again_equal(results, kind, tmp_path):
     assert type(again) is type(result) and again == result
     assert eyechart.open_result(tmp_path / "r" / "manifest.json") == result
     assert type(result).open(tmp_path / "r") == result
+
+
+def test_an_exam_of_before_there_was_a_flow_opens(results, tmp_path):
+    results["exam"].save(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    text = json.loads(manifest.read_text())
+    del text["result"]["flow"]
+    manifest.write_text(json.dumps(text))
+    found = eyechart.open_result(tmp_path)
+    assert found == dataclasses.replace(results["exam"], flow=None)
+    assert "information_flow" not in found.summary()
+
+
+def test_the_flow_s_summary_is_plain_json():
+    kl = torch.zeros(1, 8)
+    kl[0, 0] = 1.0  # the median is zero, and there is no ratio to it
+    summary = made_up_flow(replacement_kl=kl, unavailable={"alti": "why"}).summary()
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["u_shape"]["replacement_kl"] == [[None, None]]
+    assert summary["unavailable"] == {"alti": "why"}
 
 
 def test_equality_sees_every_number(results):

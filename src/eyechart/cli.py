@@ -8,17 +8,19 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import eyechart
-from eyechart.errors import EyechartError, InputError, UsageError
+from eyechart.errors import EyechartError, InputError, ResultError, UsageError
 
 if TYPE_CHECKING:
-    from eyechart.results import Exam
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from eyechart.results import Exam, InformationFlow
 
 app = typer.Typer(
     name="eyechart",
@@ -31,73 +33,155 @@ app = typer.Typer(
 
 DEFAULT_SHOWN = "smollm2-135m-instruct"
 
+# What the commands that examine a model have in common.
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="A name that `eyechart models` lists, a model folder, a .gguf file, or a name on "
+        "the Hugging Face hub.",
+        show_default=DEFAULT_SHOWN,
+    ),
+]
+Stdin = Annotated[
+    str | None, typer.Argument(metavar="[-]", help="'-' reads the prompt from standard input.")
+]
+Prompt = Annotated[str | None, typer.Option(help="Text to examine the model on.")]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="UTF-8 file that holds the text; '-' is standard input.")
+]
+Out = Annotated[Path, typer.Option(help="Folder for report.html and the data.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos", help="Begin-of-sequence token in front; by default the model's way."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Spread the model over devices, as in transformers.")
+]
+Seed = Annotated[
+    int, typer.Option(help="Of random probes and replacement tokens of the information flow.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with it.")
+]
 
 
 @app.command()
 def exam(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A name that `eyechart models` lists, a model folder, a .gguf file, or a name on "
-            "the Hugging Face hub.",
-            show_default=DEFAULT_SHOWN,
-        ),
-    ] = None,
-    stdin: Annotated[
-        str | None, typer.Argument(metavar="[-]", help="'-' reads the prompt from standard input.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text to examine the model on.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="UTF-8 file that holds the text; '-' is standard input.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for report.html and the data.")] = Path("exam"),
+    model: Model = None,
+    stdin: Stdin = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    out: Out = Path("exam"),
     json_out: Json = False,
-    bos: Annotated[
-        bool | None,
-        typer.Option(
-            "--bos/--no-bos", help="Begin-of-sequence token in front; by default the model's way."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
-    device_map: Annotated[
-        str | None, typer.Option(help="Spread the model over devices, as in transformers.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Recorded; nothing in an exam is drawn at random.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with it.")
-    ] = False,
+    bos: Bos = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Examine a model on one prompt: print a summary, save the data, write report.html."""
     with _messages():
-        if model == "-":  # the prompt is piped in and the model left out
-            model, stdin = None, "-"
-        text = _prompt(stdin, prompt, prompt_file)
+        model, text = _asked(model, stdin, prompt, prompt_file)
         from eyechart.examine import exam as run_exam
-        from eyechart.models import DEFAULT_MODEL, load
         from eyechart.results.files import ensure_writable
 
         ensure_writable(out)
         with _progress() as step:
-            name = model or DEFAULT_MODEL
-            step(f"opening {name} (fetched and converted the first time)")
-            bridge = load(
-                name,
+            bridge = _open(
+                step,
+                model,
                 device=device,
                 dtype=dtype,
                 device_map=device_map,
-                trust_remote_code=trust_remote_code,
                 revision=revision,
+                trust_remote_code=trust_remote_code,
             )
             result = run_exam(bridge, text, prepend_bos=bos, seed=seed, on_step=step)
             step("writing the report")
             folder = _keep(result, out)
         _print_exam(result, folder, json_out)
         if result.failures or folder != out:
+            raise typer.Exit(1)
+
+
+@app.command()
+def flow(
+    model: Model = None,
+    stdin: Stdin = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    query: Annotated[
+        int, typer.Option(help="Position whose representation is explained; -1 is the last.")
+    ] = -1,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Look at the stream out of this block.", show_default="the final norm's output"
+        ),
+    ] = None,
+    measures: Annotated[
+        str | None,
+        typer.Option(
+            help="Pictures to take, such as rollout,alti,sensitivity.", show_default="all"
+        ),
+    ] = None,
+    probes: Annotated[
+        int,
+        typer.Option(min=0, help="Random vectors behind the sensitivity; 0 for the exact one."),
+    ] = 16,
+    out: Out = Path("flow"),
+    json_out: Json = False,
+    bos: Bos = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Show where one token's information comes from: print a summary, save, write report.html."""
+    with _messages():
+        model, text = _asked(model, stdin, prompt, prompt_file)
+        from eyechart.flow import information_flow
+        from eyechart.results import Exam
+        from eyechart.results.files import ensure_writable
+        from eyechart.sequences import prepare
+
+        ensure_writable(out)
+        with _progress() as step:
+            bridge = _open(
+                step,
+                model,
+                device=device,
+                dtype=dtype,
+                device_map=device_map,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+            result = information_flow(
+                bridge,
+                prepare(bridge, text, prepend_bos=bos),
+                query=query,
+                layer=layer,
+                measures=None
+                if measures is None
+                else [name.strip() for name in measures.split(",")],
+                probes=probes or None,
+                seed=seed,
+                on_step=step,
+            )
+            step("writing the report")
+            folder = _keep(result, out)
+        _print_exam(Exam.of_flow(result), folder, json_out)
+        if folder != out:
             raise typer.Exit(1)
 
 
@@ -129,19 +213,24 @@ def models(json_out: Json = False) -> None:
 
 @app.command()
 def report(
-    result: Annotated[Path, typer.Argument(help="Folder of a saved exam.")],
+    result: Annotated[Path, typer.Argument(help="Folder of a saved exam or information flow.")],
     out: Annotated[
         Path | None,
         typer.Option(help="File to write.", show_default="report.html beside the data"),
     ] = None,
 ) -> None:
-    """Write report.html again from a saved exam; runs no model."""
+    """Write report.html again from saved data; runs no model."""
     with _messages():
         from eyechart.report import write_report
-        from eyechart.results import Exam
+        from eyechart.results import Exam, InformationFlow, open_result
 
         target = out or (result if result.is_dir() else result.parent) / "report.html"
-        found = Exam.open(result)
+        found = open_result(result)
+        if not isinstance(found, Exam | InformationFlow):
+            raise ResultError(
+                f"{str(result)!r} holds a {type(found).__name__}; a report shows an Exam or an "
+                "InformationFlow."
+            )
         try:
             typer.echo(write_report(found, target))
         except OSError as problem:
@@ -170,6 +259,24 @@ def main() -> None:
     app()
 
 
+def _asked(
+    model: str | None, stdin: str | None, prompt: str | None, prompt_file: Path | None
+) -> tuple[str | None, str | None]:
+    """The model and the text that were asked for; None stands for those that come built in."""
+    if model == "-":  # the prompt is piped in and the model left out
+        model, stdin = None, "-"
+    return model, _prompt(stdin, prompt, prompt_file)
+
+
+def _open(step: Callable[[str], object], model: str | None, **options: Any) -> "TransformerBridge":
+    """The model, the default one where None was asked for; ``options`` are those of ``load``."""
+    from eyechart.models import DEFAULT_MODEL, load
+
+    name = model or DEFAULT_MODEL
+    step(f"opening {name} (fetched and converted the first time)")
+    return load(name, **options)
+
+
 def _prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> str | None:
     """The prompt from wherever it was given; None where it was given nowhere."""
     if stdin not in (None, "-"):
@@ -192,7 +299,7 @@ def _prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> 
     return text
 
 
-def _keep(result: "Exam", out: Path) -> Path:
+def _keep(result: "Exam | InformationFlow", out: Path) -> Path:
     """Save data and report; if the folder fails after all, save elsewhere rather than lose them."""
     from eyechart.report import write_report
 
@@ -246,6 +353,9 @@ def _print_exam(result: "Exam", folder: Path, as_json: bool) -> None:
     if result.collapse is not None:
         for words, line in zip(("collapse", ""), result.collapse.lines(), strict=True):
             table.add_row(words, escape(line))
+    if result.flow is not None:
+        for index, line in enumerate(result.flow.lines()):
+            table.add_row("" if index else "information flow", escape(line))
     for part, message in result.failures.items():
         table.add_row("FAILED", escape(f"{part}: {message}"), style="red")
     table.add_row("written to", escape(f"{folder / 'report.html'}"))

@@ -1,8 +1,6 @@
 """``eyechart.exam``: everything one prompt allows; a failed step does not cost the rest."""
 
-import dataclasses
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +8,7 @@ from eyechart import sequences as sequencing
 from eyechart.attention import AttentionProbe, PatternProbe, warn_of_fallback, wins
 from eyechart.collapse import collapse_curve
 from eyechart.errors import EyechartError
+from eyechart.flow import information_flow
 from eyechart.models import facts_of
 from eyechart.probes import Probe, capture
 from eyechart.residual import ResidualProbe
@@ -20,7 +19,6 @@ from eyechart.results import (
     Exam,
     Provenance,
     ResidualNorms,
-    Sequences,
 )
 from eyechart.results.attention import Statistic
 from eyechart.results.files import ensure_writable
@@ -38,20 +36,20 @@ def exam(
     prepend_bos: bool | None = None,
     lengths: Sequence[int] | None = None,
     batch_size: int | None = None,
-    seed: int | None = None,
+    seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     on_step: Callable[[str], object] = lambda step: None,
 ) -> Exam:
-    """Examine a model on one prompt: heads, residual stream, collapse.
+    """Examine a model on one prompt: heads, residual stream, collapse, information flow.
 
     Args:
         model: A TransformerBridge.
-        inputs: String, strings, token ids ``[batch position]`` or Sequences; None takes a short
-            original English text.
+        inputs: See :func:`eyechart.sequences.prepare`; by default its built-in text.
         prepend_bos: See :func:`eyechart.sequences.prepare`.
         lengths: The n of the collapse curve; see :func:`eyechart.collapse_curve`.
         batch_size: Sequences a pass; all at once by default.
-        seed: Recorded with the result; nothing in an exam is drawn at random.
+        seed: Of the random probes and replacement tokens of the information flow; the rest of an
+            exam draws nothing.
         out: Folder to save to; checked before anything is computed.
         on_step: Called with the name of each part as its measurement begins.
 
@@ -68,13 +66,7 @@ def exam(
         ensure_writable(out)
     # What cannot be examined is refused here, whole, rather than step by step.
     facts = facts_of(model)
-    prepared = (
-        sequencing.prepare(
-            model, sequencing.BUILT_IN_PROMPT, prepend_bos=prepend_bos, name="built-in prompt"
-        )
-        if inputs is None
-        else sequencing.prepare(model, inputs, prepend_bos=prepend_bos)
-    )
+    prepared = sequencing.prepare(model, inputs, prepend_bos=prepend_bos)
     failures: dict[str, str] = {}
 
     def attempt(part: str, run: Callable[[], T]) -> T | None:
@@ -86,9 +78,9 @@ def exam(
             return None
 
     def look(*probes: Probe[Any]) -> tuple[Any, ...]:
-        return capture(model, prepared, probes, batch_size=batch_size, seed=seed)
+        return capture(model, prepared, probes, batch_size=batch_size)
 
-    heads, stream = AttentionProbe(facts.n_layers, fused=wins(facts, prepared)), ResidualProbe()
+    heads, stream = AttentionProbe(facts.n_layers, fused=wins(model, prepared)), ResidualProbe()
     both = attempt("attention", lambda: look(heads, stream))
     if both is None:
         # One of the two may be what fails (patterns need far more memory): keep the other.
@@ -107,12 +99,22 @@ def exam(
         probe = PatternProbe(tuple(chosen), tuple(chosen.values()))
         patterns = attempt(
             "patterns",
-            lambda: capture(model, short, [probe], batch_size=batch_size, seed=seed)[0],
+            lambda: capture(model, short, [probe], batch_size=batch_size)[0],
         )
     collapse = attempt(
         "collapse", lambda: collapse_curve(model, lengths=lengths, prepend_bos=prepend_bos)
     )
-    parts = (attention, residual, patterns, collapse)
+    flow = attempt(
+        "information flow",
+        lambda: information_flow(
+            model,
+            prepared,
+            batch_size=batch_size,
+            seed=seed,
+            on_step=lambda step: on_step(f"information flow: {step}"),
+        ),
+    )
+    parts = (attention, residual, patterns, collapse, flow)
     # Parts of one pass share its provenance, which must count once.
     sources = {id(part.provenance): part.provenance for part in parts if part is not None}
     if not sources:
@@ -120,12 +122,13 @@ def exam(
         raise EyechartError(f"every step of the exam failed; the first: {first}")
     result = Exam(
         sequences=prepared,
-        provenance=_together(list(sources.values()), prepared, seed),
+        provenance=Provenance.together(list(sources.values()), prepared.digest, seed),
         residual=residual,
         attention=attention,
         patterns=patterns,
         collapse=collapse,
         failures=failures,
+        flow=flow,
     )
     if out is not None:
         result.save(out)
@@ -145,22 +148,3 @@ def striking_heads(attention: AttentionStatistics) -> dict[tuple[int, int], str]
         for layer, head, value in attention.strongest(statistic, 2):
             chosen.setdefault((layer, head), words.format(value))
     return chosen
-
-
-def _together(parts: Sequence[Provenance], sequences: Sequences, seed: int | None) -> Provenance:
-    """Costs added up; the rest is the same for all parts, which come from one model."""
-    ways = {way for part in parts for way in part.attention.split(", ")}
-    hooks: Counter[str] = Counter()
-    for part in parts:
-        hooks.update(part.hooks)
-    return dataclasses.replace(
-        parts[0],
-        attention=", ".join(sorted(ways)),
-        tokens=sequences.digest,
-        seed=seed,
-        hooks=dict(hooks),
-        forward_passes=sum(part.forward_passes for part in parts),
-        wall_seconds=round(sum(part.wall_seconds for part in parts), 4),
-        peak_bytes=max((part.peak_bytes for part in parts if part.peak_bytes), default=None),
-        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
-    )

@@ -9,8 +9,9 @@ import torch
 
 from eyechart.attention.probe import AttentionProbe
 from eyechart.errors import FallbackWarning, UsageError
-from eyechart.models import ModelFacts, facts_of
+from eyechart.models import facts_of
 from eyechart.probes import capture
+from eyechart.probes.seam import edits_of
 from eyechart.results import MEASURED, AttentionStatistics, Sequences
 from eyechart.sequences import Inputs, prepare
 from eyechart.targets import Target
@@ -77,17 +78,20 @@ def attention_statistics(
         getattr(torch, accumulate),
         statistics,
         [target.resolve(model, prepared) for target in targets],
-        fused=backend == "fused" or (backend == "auto" and wins(facts, prepared)),
+        fused=backend == "fused" or (backend == "auto" and wins(model, prepared)),
     )
     (result,) = capture(model, prepared, [probe], batch_size=batch_size)
     warn_of_fallback(result)
     return result
 
 
-def wins(facts: ModelFacts, sequences: Sequences) -> bool:
-    """Whether the fused backend is the better one: faster, or free of a half format's rounding."""
-    half = facts.dtype in (torch.float16, torch.bfloat16)
-    return half or sequences.tokens.shape[1] >= AUTO_LENGTH
+def wins(model: "TransformerBridge", sequences: Sequences) -> bool:
+    """Whether the fused backend is the better one.
+
+    Because it is faster, free of a half format's rounding, or sees what a lens shows.
+    """
+    half = facts_of(model).dtype in (torch.float16, torch.bfloat16)
+    return half or sequences.tokens.shape[1] >= AUTO_LENGTH or bool(edits_of(model))
 
 
 def warn_of_fallback(found: AttentionStatistics) -> None:

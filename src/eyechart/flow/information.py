@@ -349,6 +349,7 @@ class _Flow:
             return
         self.found["spread"], source = found
         self.found["spread_change"] = change
+        self.found["spread_labels"] = tuple(sequencing.readable(self.model, change[:, 1].tolist()))
         self.sources.append(source)
 
         def hidden() -> tuple[Tensor, Provenance]:

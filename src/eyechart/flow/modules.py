@@ -161,6 +161,8 @@ def operator_norms(
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = run(x)
+        if not y.requires_grad:
+            raise CaptureError("the MLP passes no gradient on (quantised or detached weights)")
         u = torch.zeros_like(y, requires_grad=True)
         (pulled,) = torch.autograd.grad(y, x, u, create_graph=True)
         draw = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -114,7 +114,7 @@ class EndProbe(Probe[tuple[Tensor, Tensor, Provenance]]):
         """The target, the model's output, and attention, so that no pattern is made."""
         return ("final_norm" if self.target is None else "resid_post", "next_token", "attention")
 
-    def observe(self, activation: Tensor, look: Look) -> Mapping[str, Tensor]:
+    def observe(self, activation: Any, look: Look) -> Mapping[str, Tensor]:
         """The last position."""
         if look.site == "next_token":
             return {"logits": activation}

@@ -5,8 +5,9 @@ vector-Jacobian products: with u ~ N(0, I), the mean of |J_i^T u|^2 is |J_i|_F^2
 graph serves all of them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from eyechart.errors import CaptureError, InputError
 from eyechart.kernels import AttentionCall, differentiable
 from eyechart.models import facts_of
-from eyechart.probes import has_site, hook_names
+from eyechart.probes import hook_names
 from eyechart.probes.forward import thrift
 from eyechart.probes.plan import fusable
 from eyechart.probes.seam import edits_of, taken_over
@@ -41,7 +42,8 @@ def check_differentiable(model: "TransformerBridge") -> None:
             "model.eval() first"
         )
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device)
-    leaf, target = _graph(model, tokens, None, check=True)
+    with _watched(model):
+        leaf, target = _graph(model, tokens, None)
     try:
         torch.autograd.grad(target[:, -1].sum(), leaf)
     except RuntimeError as problem:
@@ -120,7 +122,6 @@ def _graph(
     model: "TransformerBridge",
     tokens: Int[Tensor, "batch position"],
     target: int | None,
-    check: bool = False,
 ) -> tuple[Float[Tensor, "batch position d_model"], Float[Tensor, "batch position d_model"]]:
     """A forward pass that can be gone back through: stream into the first block, and target.
 
@@ -136,21 +137,8 @@ def _graph(
     def keep(stream: Tensor, hook: object) -> None:
         seen["target"] = stream
 
-    def passes_on(name: str) -> Callable[[Tensor, object], None]:
-        def look(write: Tensor, hook: object) -> None:
-            if not write.requires_grad:
-                raise CaptureError(
-                    f"{name} of {facts.name} passes no gradient on (quantised or detached "
-                    "weights); load the model in a floating-point format"
-                )
-
-        return look
-
     end = hook_names(model, "final_norm" if target is None else "resid_post")[target]
     hooks = [(hook_names(model, "resid_pre")[0], enter), (end, keep)]
-    if check:
-        writes = [name for site in ("attn_out", "mlp_out") for name in _hooks(model, site)]
-        hooks += [(name, passes_on(name)) for name in writes]
     layers, _ = fusable(model, facts, ())
 
     def attend(layer: int, call: AttentionCall) -> Tensor:
@@ -165,8 +153,53 @@ def _graph(
     return seen["leaf"], seen["target"]
 
 
-def _hooks(model: "TransformerBridge", site: str) -> tuple[str, ...]:
-    return tuple(hook_names(model, site).values()) if has_site(model, site) else ()
+@contextmanager
+def _watched(model: "TransformerBridge") -> Iterator[None]:
+    """Refuse, by name, a part through which autograd knows no way back to what went in.
+
+    Asked of every part, because a gap beside another way back, such as values or experts that are
+    quantised where queries and routers are not, leaves a derivative that only looks right.
+    """
+
+    def look(name: str, inputs: object, output: object) -> None:
+        went_in = next((x for x in _tensors(inputs) if x.requires_grad), None)
+        came_out = _tensors(output)
+        if went_in is None or not came_out or not torch.is_grad_enabled():
+            return
+        ends = [x.sum() for x in came_out if x.requires_grad]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of operators that have no derivative
+            back = [None]
+            if ends:
+                back = torch.autograd.grad(ends, went_in, retain_graph=True, allow_unused=True)
+        if back[0] is not None:
+            return
+        raise CaptureError(
+            f"{name.replace('_original_component', '').replace('..', '.').strip('.')} of "
+            f"{facts_of(model).name} passes no gradient on (quantised or detached weights); load "
+            "the model in a floating-point format"
+        )
+
+    beyond = set(model.unembed.modules())  # the target comes before it
+    with ExitStack() as undo:
+        for name, module in model.original_model.named_modules():
+            wraps = hasattr(module, "original_component") or ".hook_" in name
+            if not wraps and module not in beyond:
+                handle = module.register_forward_hook(
+                    lambda _, args, named, output, name=name: look(name, (args, named), output),
+                    with_kwargs=True,
+                )
+                undo.callback(handle.remove)
+        yield
+
+
+def _tensors(whole: object) -> list[Tensor]:
+    """Floating-point tensors among a module's arguments or results."""
+    if isinstance(whole, Tensor):
+        return [whole] if whole.is_floating_point() else []
+    if isinstance(whole, dict):
+        whole = tuple(whole.values())
+    return [x for part in whole for x in _tensors(part)] if isinstance(whole, tuple | list) else []
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """How far a change of one token spreads: every layer, every position, with and without the sink."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -65,7 +65,7 @@ class PairProbe(StreamProbe[tuple[Tensor, Provenance]]):
         """The stream, and attention, so that no pattern is made."""
         return ("resid_pre", "resid_post", "attention")
 
-    def observe(self, activation: Tensor, look: Look) -> Mapping[str, Tensor]:
+    def observe(self, activation: Any, look: Look) -> Mapping[str, Tensor]:
         """Distances of the stream."""
         return {} if look.site == "attention" else super().observe(activation, look)
 

@@ -1,46 +1,41 @@
-"""Attention that autograd can go back through: torch's own, exact, at the price of a graph."""
+"""Attention that autograd can go back through, by the fastest exact way this machine has."""
+
+from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from eyechart.kernels.attend import kernel_for
+from eyechart.kernels.by_torch import by_torch
 from eyechart.kernels.call import AttentionCall
 
 
 def differentiable(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
-    """A layer's mixtures of values.
-
-    Without soft cap and learned sinks no pattern is kept for the way back, only what torch's fused
-    kernel keeps; with them the pattern is part of the graph.
-    """
-    if call.softcap is None and call.sinks is None:
-        mixed = torch.nn.functional.scaled_dot_product_attention(
-            call.q,
-            call.k,
-            call.v,
-            attn_mask=None if call.start is None else _seen(call)[:, None],
-            is_causal=call.start is None,
-            scale=call.scale,
-            enable_gqa=call.q.shape[1] != call.k.shape[1],
-        )
-        return rearrange(mixed, "b h q d -> b q h d")
-    shared = call.q.shape[1] // call.k.shape[1]
-    k, v = (x.repeat_interleave(shared, dim=1) for x in (call.k, call.v))
-    scores = (call.q @ k.transpose(-1, -2)).to(torch.promote_types(call.q.dtype, torch.float32))
-    scores = scores * call.scale
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    scores = scores.masked_fill(~_seen(call)[:, None], -torch.inf)
-    if call.sinks is not None:
-        sink = call.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    pattern = scores.softmax(dim=-1)[..., : call.length].to(v.dtype)
-    return rearrange(pattern @ v, "b h q d -> b q h d")
+    """A layer's mixtures of values, with a way back that can be taken any number of times."""
+    kernel = kernel_for(call.q.device, torch.float32, call.q.dtype)
+    if kernel.run is None or kernel.pull is None or call.q.dtype != torch.float32:
+        return by_torch(call)
+    return _Attention.apply(call.q, call.k, call.v, call, kernel)
 
 
-def _seen(call: AttentionCall) -> Tensor:
-    """``[batch query key]``: what each query sees."""
-    at = torch.arange(call.length, device=call.q.device)
-    seen = (at[None, :] <= at[:, None])[None]
-    return seen if call.start is None else seen & (at >= call.start[..., None])
+class _Attention(torch.autograd.Function):
+    """The compiled kernel's attention, there and back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, kernel: Any
+    ) -> Tensor:
+        lengths = torch.full((q.shape[0],), q.shape[2])
+        found = kernel.run(call, lengths)
+        ctx.save_for_backward(q, k, v, call.output, found["lse"])
+        ctx.call, ctx.kernel = call, kernel
+        return call.output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, output, lse = ctx.saved_tensors
+        own: AttentionCall = ctx.call
+        call = AttentionCall(q, k, v, own.scale, own.softcap, own.start, own.sinks, output)
+        return *ctx.kernel.pull(call, lse, slope), None, None

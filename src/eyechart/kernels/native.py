@@ -52,6 +52,7 @@ class _Arguments(ctypes.Structure):
         ("rows", ctypes.c_void_p),
         ("carried", ctypes.c_void_p),
         ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("pull", "delta", "q_pull", "k_pull", "v_pull")),
     )
 
 
@@ -72,11 +73,12 @@ def build(machine: tuple[str, ...]) -> Kernel:
         return Kernel(None, "no C compiler (cc or gcc) was found")
     try:
         library = ctypes.CDLL(str(_compiled(compiler, machine)))
-        library.attend.restype = library.carry.restype = ctypes.c_int
+        for function in (library.attend, library.carry, library.pull):
+            function.restype = ctypes.c_int
     except (OSError, subprocess.SubprocessError, AttributeError) as problem:
         said = getattr(problem, "stderr", None) or str(problem)
         return Kernel(None, f"{compiler} gave no usable kernel: {said.strip().splitlines()[0]}")
-    return tried(functools.partial(run, library), functools.partial(carry, library))
+    return tried(*(functools.partial(way, library) for way in (run, carry, pull)))
 
 
 def run(library: ctypes.CDLL, call: AttentionCall, lengths: Tensor) -> dict[str, Tensor]:
@@ -143,6 +145,37 @@ def carry(
         count=padded.shape[-1],
     )
     return carried[:, :, :count]
+
+
+def pull(
+    library: ctypes.CDLL,
+    call: AttentionCall,
+    lse: Float[Tensor, "batch head query"],
+    slope: Float[Tensor, "batch query head d_value"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives with respect to queries, keys and values, from that with respect to the output.
+
+    Args:
+        library: See :func:`kernel`.
+        call: The layer's attention, on the CPU, with its output.
+        lse: Log-sum-exp of its scores, as :func:`run` returns it.
+        slope: Derivative with respect to the output.
+
+    Raises:
+        MemoryError: the kernel got no memory.
+    """
+    assert call.output is not None
+    v = call.v.float().contiguous()
+    slope = slope.float().contiguous()
+    pulled = {
+        f"{name}_pull": torch.empty(x.shape, dtype=torch.float32)
+        for name, x in (("q", call.q), ("k", call.k), ("v", v))
+    }
+    delta = (slope * call.output).sum(dim=-1).transpose(1, 2).contiguous()
+    tensors = {"lse": lse.float().contiguous(), "pull": slope, "delta": delta}
+    _enter(library.pull, call, tensors | pulled, v=v)
+    q, k, v = pulled.values()
+    return q, k, v
 
 
 def _enter(

@@ -1,17 +1,20 @@
 """A kernel is tried against known answers before anything it says is believed."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from eyechart.kernels.by_torch import by_torch
 from eyechart.kernels.call import AttentionCall
 from eyechart.kernels.definitions import Reducer
 from eyechart.kernels.streamed import blocks, stream
 
 Run = Callable[[AttentionCall, Tensor], dict[str, Tensor]]
 Carry = Callable[[AttentionCall, Tensor, Tensor], Tensor]
+Pull = Callable[[AttentionCall, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,22 @@ class Kernel:
         carry: Takes a layer's attention, the log-sum-exp of its scores and row vectors ``[batch row
             query]``, and returns their product with each head's rows ``[batch head row key]``; None
             where that is left to torch.
+        pull: Takes the same and the derivative with respect to the output, and returns those with
+            respect to queries, keys and values; None where that is left to torch.
     """
 
     run: Run | None
     reason: str = ""
     carry: Carry | None = None
+    pull: Pull | None = None
 
 
-def tried(run: Run, carry: Carry | None = None, device: torch.device | str = "cpu") -> Kernel:
+def tried(
+    run: Run,
+    carry: Carry | None = None,
+    pull: Pull | None = None,
+    device: torch.device | str = "cpu",
+) -> Kernel:
     """The kernel, if it equals the definitions on a small case that has everything."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -60,7 +71,17 @@ def tried(run: Run, carry: Carry | None = None, device: torch.device | str = "cp
         truth = rows.double()[:, None] @ pattern
         if not torch.allclose(carry(call, found["lse"], rows).double(), truth, atol=1e-4):
             return Kernel(run, "the kernel's product with row vectors differs from its definition")
-    return Kernel(run, carry=carry)
+    if pull is not None:
+        slope = torch.randn(2, 70, 4, 10, generator=draw).to(device)
+        leaves = [x.double().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            mixed = by_torch(dataclasses.replace(call, q=leaves[0], k=leaves[1], v=leaves[2]))
+            truth = torch.autograd.grad(mixed, leaves, slope.double())
+        pulled = pull(call, found["lse"], slope)
+        for ours, theirs in zip(pulled, truth, strict=True):
+            if not torch.allclose(ours.double(), theirs, atol=1e-4):
+                return Kernel(run, "the kernel's derivative differs from its definition", carry)
+    return Kernel(run, carry=carry, pull=pull)
 
 
 def _output(call: AttentionCall) -> Tensor:

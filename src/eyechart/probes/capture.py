@@ -76,7 +76,8 @@ def capture(
     if "attention" in sites or edited:
         fused, reasons = fusable(model, facts, sorted(sites))
     if edited and (reasons or sites & {"pattern", "scores"}):
-        why = "; ".join(sorted(set(reasons.values()))) or "a probe reads the pattern"
+        reads = bool(sites & {"pattern", "scores"})
+        why = "a probe reads the pattern" if reads else "; ".join(sorted(set(reasons.values())))
         raise UsageError(
             "a lens that changes attention works only where attention is computed without its "
             f"pattern, and here it is not: {why}."

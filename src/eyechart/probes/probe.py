@@ -85,7 +85,7 @@ class Record(Probe[dict[int | None, Tensor]]):
     def __init__(
         self,
         site: str,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        reduce: Callable[[Any], Tensor] | None = None,
         layers: Sequence[int] | None = None,
     ) -> None:
         self.site, self.reduce = site, reduce
@@ -107,7 +107,7 @@ class Record(Probe[dict[int | None, Tensor]]):
             )
         return (self.site,)
 
-    def observe(self, activation: Tensor, look: Look) -> Mapping[str, Tensor]:
+    def observe(self, activation: Any, look: Look) -> Mapping[str, Tensor]:
         """The activation or its reduction, if the layer was chosen."""
         if self.chosen is not None and look.layer not in self.chosen:
             return {}

@@ -1,9 +1,9 @@
-"""Put an exam on one page."""
+"""Put an exam, or an information flow alone, on one page."""
 
 import json
 from collections.abc import Callable
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import plotly.graph_objects as go
@@ -11,9 +11,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from eyechart.report.attention_view import FULL_COLOUR, STEPS, attention_view, scripts
+from eyechart.report.flow_view import flow_figures, flow_maps, flow_view
 from eyechart.report.provenance import per_part, shared
 from eyechart.report.security import content_policy, json_text, script_text
-from eyechart.results import STATISTICS, Exam
+from eyechart.results import STATISTICS, Exam, InformationFlow
 from eyechart.results.figures import residual_map, visible
 
 LONG_TEXT = 120
@@ -25,18 +26,40 @@ MAP_TOKENS = 2048
 MASSIVE_ROWS = 10
 
 
-def render(exam: Exam) -> str:
-    """The exam as one self-contained HTML page.
+class Section(NamedTuple):
+    """A section that shows one part of an exam.
+
+    Attributes:
+        title: Its heading.
+        part: The part's name in :class:`Exam`.
+        steps: The steps whose failure leaves it empty. Where none has failed and the part is not
+            there, it was not asked for, and the section is left out.
+    """
+
+    title: str
+    part: str
+    steps: tuple[str, ...]
+
+
+SECTIONS = {
+    "heads": Section("Every head", "attention", ("attention",)),
+    "striking": Section("The most striking heads", "patterns", ("patterns", "attention")),
+    "residual": Section("The residual stream", "residual", ("residual",)),
+    "collapse": Section("Collapse", "collapse", ("collapse",)),
+    "flow": Section("Where information comes from", "flow", ("information flow",)),
+}
+
+
+def render(result: Exam | InformationFlow) -> str:
+    """The result as one self-contained HTML page.
 
     The page needs no network and sends nothing anywhere; no token, name or message in the exam can
-    run as script or become markup. The same exam gives the same page, byte for byte.
+    run as script or become markup. The same result gives the same page, byte for byte.
     """
+    exam = result if isinstance(result, Exam) else Exam.of_flow(result)
     data = {
-        "figures": {
-            name: json.loads(str(figure.to_json()))
-            for name, figure in _figures(exam).items()
-            if figure is not None
-        },
+        "figures": _json(_figures(exam)),
+        "maps": _json(flow_maps(exam.flow)) if exam.flow else {},
         "patterns": None,
     }
     view = None
@@ -47,10 +70,16 @@ def render(exam: Exam) -> str:
     inline = [script_text(source) for source in sources]
     return _template().render(
         exam=exam,
+        sections={
+            name: section.title
+            for name, section in SECTIONS.items()
+            if getattr(exam, section.part) is not None or exam.failures.keys() & set(section.steps)
+        },
         summary=exam.summary(),
         heads=exam.attention.to_frame().to_dict("records") if exam.attention else [],
         statistics=STATISTICS,
         view=view,
+        flow=exam.flow and flow_view(exam.flow),
         full_colour=FULL_COLOUR,
         massive=exam.residual.massive()[:MASSIVE_ROWS] if exam.residual else (),
         shared=shared(exam),
@@ -64,14 +93,20 @@ def render(exam: Exam) -> str:
     )
 
 
-def _figures(exam: Exam) -> dict[str, go.Figure | None]:
+def _figures(exam: Exam) -> dict[str, go.Figure]:
     residual = exam.residual
-    return {
+    found = {
         "attention": exam.attention and exam.attention.plot(),
         "residual": residual
         and residual_map(residual.norm[0], residual.sequences.labels[0][:MAP_TOKENS]),
         "collapse": exam.collapse and exam.collapse.plot(),
+        **(flow_figures(exam.flow) if exam.flow else {}),
     }
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _json(figures: dict[str, go.Figure]) -> dict[str, Any]:
+    return {name: json.loads(str(figure.to_json())) for name, figure in figures.items()}
 
 
 def _template() -> jinja2.Template:

@@ -7,6 +7,7 @@ _PARTS = {
     "patterns": "striking heads",
     "residual": "residual stream",
     "collapse": "collapse",
+    "flow": "information flow",
 }
 
 

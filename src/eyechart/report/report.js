@@ -42,12 +42,18 @@
 
   // Plotly figures, in the page's own ink, which follows the colour scheme.
   const ink = () => getComputedStyle(document.body).color;
-  const plots = Object.entries(data.figures).map(([name, figure]) => {
+  const plot = (name, figure) => {
     const place = document.getElementById(`figure-${name}`);
     Object.assign(figure.layout.font, { color: ink(), family: getComputedStyle(document.body).fontFamily });
-    Plotly.newPlot(place, figure.data, figure.layout, { responsive: true, displaylogo: false });
+    Plotly.react(place, figure.data, figure.layout, { responsive: true, displaylogo: false });
     return place;
-  });
+  };
+  const plots = Object.entries(data.figures).map(([name, figure]) => plot(name, figure));
+  // Maps of the information flow share one place.
+  const choices = [...document.getElementsByName("map")];
+  const choose = () => plot("map", data.maps[choices.find((choice) => choice.checked).value]);
+  for (const choice of choices) choice.addEventListener("change", choose);
+  if (choices.length) plots.push(choose());
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     for (const place of plots) Plotly.relayout(place, { "font.color": ink() });
   });

@@ -1,12 +1,13 @@
 """Everything one prompt allows, in one result."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from eyechart.errors import ResultError
 from eyechart.results.attention import LEADERS, AttentionPatterns, AttentionStatistics
 from eyechart.results.base import Result, head_name
 from eyechart.results.collapse import CollapseCurve
+from eyechart.results.flow import InformationFlow
 from eyechart.results.residual import ResidualNorms
 from eyechart.results.storage import storable
 
@@ -26,6 +27,7 @@ class Exam(Result):
         patterns: Patterns of the most striking heads, at most 256 tokens.
         collapse: Distance of n and n + 1 repeated tokens.
         failures: What went wrong and what to do, by the name of the part that failed.
+        flow: Where the last token's information comes from; None in exams of older versions.
     """
 
     residual: ResidualNorms | None
@@ -33,6 +35,20 @@ class Exam(Result):
     patterns: AttentionPatterns | None
     collapse: CollapseCurve | None
     failures: dict[str, str] = field(default_factory=dict)
+    flow: InformationFlow | None = None
+
+    @classmethod
+    def of_flow(cls, flow: InformationFlow) -> Self:
+        """An exam of which nothing but the information flow was asked for."""
+        return cls(
+            sequences=flow.sequences,
+            provenance=flow.provenance,
+            residual=None,
+            attention=None,
+            patterns=None,
+            collapse=None,
+            flow=flow,
+        )
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the printed summary, ready for JSON."""
@@ -65,6 +81,8 @@ class Exam(Result):
                 "relative": self.collapse.relative[-1].tolist(),
                 "onset": self.collapse.onset(),
             }
+        if self.flow is not None:
+            said["information_flow"] = self.flow.summary()
         return said
 
     def to_frame(self) -> "pd.DataFrame":
@@ -81,7 +99,7 @@ class Exam(Result):
 
     def lines(self) -> tuple[str, ...]:
         """The lines of every part, and of every failure."""
-        parts = (self.attention, self.residual, self.collapse)
+        parts = (self.attention, self.residual, self.collapse, self.flow)
         said = [line for part in parts if part is not None for line in part.lines()]
         said += [f"{part} failed: {message}" for part, message in self.failures.items()]
         return tuple(said)

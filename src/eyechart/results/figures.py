@@ -54,7 +54,7 @@ def head_maps(maps: Mapping[str, Tensor]) -> "go.Figure":
         )
         figure.add_trace(
             go.Heatmap(
-                z=_rows(scores),
+                z=rows(scores),
                 zmin=0 if mass else None,
                 zmax=1 if mass else None,
                 colorscale=scale,
@@ -69,10 +69,10 @@ def head_maps(maps: Mapping[str, Tensor]) -> "go.Figure":
             row=1,
             col=column,
         )
-        figure.update_xaxes(title_text="head", dtick=_step(scores.shape[1]), row=1, col=column)
+        figure.update_xaxes(title_text="head", dtick=step(scores.shape[1]), row=1, col=column)
     figure.update_yaxes(title_text="layer", row=1, col=1)
-    figure.update_yaxes(dtick=_step(layers), constrain="domain")
-    return _dress(figure, height=160 + 13 * max(layers, 12))
+    figure.update_yaxes(dtick=step(layers), constrain="domain")
+    return dress(figure, height=160 + 13 * max(layers, 12))
 
 
 def patterns(pattern: Tensor, names: Sequence[str], labels: Sequence[str]) -> "go.Figure":
@@ -81,11 +81,11 @@ def patterns(pattern: Tensor, names: Sequence[str], labels: Sequence[str]) -> "g
     from plotly.subplots import make_subplots
 
     figure = make_subplots(cols=len(names), shared_yaxes=True, subplot_titles=list(names))
-    ticks = _categories(labels)
+    ticks = categories(labels)
     for column, matrix in enumerate(pattern, start=1):
         figure.add_trace(
             go.Heatmap(
-                z=_rows(matrix[: len(ticks), : len(ticks)]),
+                z=rows(matrix[: len(ticks), : len(ticks)]),
                 x=ticks,
                 y=ticks,
                 zmin=0,
@@ -98,7 +98,7 @@ def patterns(pattern: Tensor, names: Sequence[str], labels: Sequence[str]) -> "g
             col=column,
         )
     figure.update_yaxes(autorange="reversed")
-    return _dress(figure, height=420)
+    return dress(figure, height=420)
 
 
 def residual_map(norm: Tensor, labels: Sequence[str]) -> "go.Figure":
@@ -108,17 +108,17 @@ def residual_map(norm: Tensor, labels: Sequence[str]) -> "go.Figure":
     norm = norm[:, : len(labels)]
     figure = go.Figure(
         go.Heatmap(
-            z=_rows(norm.log10()),
-            customdata=_rows(norm),
-            x=_categories(labels),
+            z=rows(norm.log10()),
+            customdata=rows(norm),
+            x=categories(labels),
             colorscale=NORM,
             colorbar={"title": "log10 norm", "thickness": 12},
             hovertemplate="layer %{y}, token %{x}: %{customdata:.4g}<extra></extra>",
         )
     )
     figure.update_xaxes(title={"text": "position and token", "standoff": 12}, type="category")
-    figure.update_yaxes(title_text="layer (0: embedding)", dtick=_step(norm.shape[0]))
-    return _dress(figure, height=160 + 11 * max(norm.shape[0], 14))
+    figure.update_yaxes(title_text="layer (0: embedding)", dtick=step(norm.shape[0]))
+    return dress(figure, height=160 + 11 * max(norm.shape[0], 14))
 
 
 def collapse_curves(
@@ -132,7 +132,7 @@ def collapse_curves(
     count = len(layer_labels)
     # Only the middle of the scale: its ends vanish on a dark and on a white page.
     colours = sample_colorscale(DEPTH, [0.3 + 0.55 * i / max(count - 1, 1) for i in range(count)])
-    for index, label in enumerate(map(_plain, layer_labels)):
+    for index, label in enumerate(map(plain, layer_labels)):
         last = index == count - 1
         values = relative[index].double()
         figure.add_trace(
@@ -152,10 +152,11 @@ def collapse_curves(
     figure.update_yaxes(
         title_text="relative L1 distance, n to n+1", type="log", exponentformat="power", dtick=1
     )
-    return _dress(figure, height=460)
+    return dress(figure, height=460)
 
 
-def _dress(figure: "go.Figure", height: int) -> "go.Figure":
+def dress(figure: "go.Figure", height: int) -> "go.Figure":
+    """What all figures have in common: transparent, grey, and as tall as their content needs."""
     figure.update_layout(
         template="none",
         height=height,
@@ -171,22 +172,25 @@ def _dress(figure: "go.Figure", height: int) -> "go.Figure":
     return figure
 
 
-def _rows(matrix: Tensor) -> list[list[float | None]]:
+def rows(matrix: Tensor, digits: int = 4) -> list[list[float | None]]:
     """Lists with None for NaN, which is how Plotly says 'no value'; four digits are plenty."""
     return [
-        [None if value != value else float(f"{value:.4g}") for value in row]
+        [None if value != value else float(f"{value:.{digits}g}") for value in row]
         for row in matrix.tolist()
     ]
 
 
-def _categories(labels: Sequence[str]) -> list[str]:
-    return [f"{index} {_plain(visible(label))}" for index, label in enumerate(labels)]
+def categories(labels: Sequence[str]) -> list[str]:
+    """Positions with their tokens, as names of an axis; none occurs twice."""
+    return [f"{index} {plain(visible(label))}" for index, label in enumerate(labels)]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Text as Plotly shows it unchanged."""
     # Plotly reads a little HTML in labels, and shows entities for quotation marks as they are.
     return html.escape(text, quote=False)
 
 
-def _step(count: int) -> int:
+def step(count: int) -> int:
+    """Distance of ticks on an axis of whole numbers."""
     return max(1, count // 10)

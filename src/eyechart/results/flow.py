@@ -62,6 +62,7 @@ class InformationFlow(Result):
             entry 0 is the embedding.
         spread_evicted: The same with the first tokens hidden from later queries.
         spread_change: The changed position of each sequence, and the token it was changed to.
+        spread_labels: That token as text.
         evicted: How many first tokens were hidden, and from which query on.
         eigenvalues: Of each layer's matrix (A + I)/2, whose spectrum is its diagonal.
         hitting_depth: Expected number of layers until the chosen token's mass sits on the first
@@ -91,6 +92,7 @@ class InformationFlow(Result):
     spread: Float[Tensor, "batch stream position"] | None = None
     spread_evicted: Float[Tensor, "batch stream position"] | None = None
     spread_change: Int[Tensor, "batch two"] | None = None
+    spread_labels: tuple[str, ...] | None = None
     evicted: tuple[int, int] | None = None
     eigenvalues: Float[Tensor, "batch layer position"] | None = None
     hitting_depth: Float[Tensor, "batch layer"] | None = None
@@ -173,7 +175,7 @@ class InformationFlow(Result):
         Raises:
             UsageError: the result holds nothing that has layers.
         """
-        for name in BY_LAYER:
+        for name in (*BY_LAYER, "eigenvalues"):
             if (found := getattr(self, name)) is not None:
                 return found.shape[1]
         if self.spread is not None:
@@ -279,13 +281,12 @@ class InformationFlow(Result):
                 f"{truth.replace('_', ' ')}: first token {first:.3g}, chosen token {last:.3g} "
                 "times the median"
             )
-        table = self.agreement()
+        table = self.agreement().sort_values("spearman", ascending=False).to_dict("records")
         for truth in self.have(*TRUTHS):
-            best = table[table["truth"] == truth].sort_values("spearman", ascending=False)
-            if len(best):
-                ranked = ", ".join(
-                    f"{row.measure} {row.spearman:.2f}" for row in best.itertuples(index=False)
-                )
+            ranked = ", ".join(
+                f"{row['measure']} {row['spearman']:.2f}" for row in table if row["truth"] == truth
+            )
+            if ranked:
                 said.append(f"agreement with {truth.replace('_', ' ')} (Spearman): {ranked}")
         if self.sinks is not None:
             said.append(
