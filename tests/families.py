@@ -167,6 +167,79 @@ ROUNDED = {
 }
 NO_HALF_RUN = {"flex_olmo", "olmo", "olmo2", "olmo3"}
 
+# What information_flow does not give of a family, and which of the reasons it gives: how the result
+# says it, and how the page does.
+REASONS = {
+    "hybrid": (
+        "blocks [0-9, ]+ have no attention; what passes between tokens there is in no product",
+        "blocks without attention move information between tokens as well, so that no product of "
+        "attention matrices says where it goes",
+    ),
+    "gated": (
+        "what its heads move through W_O is not what attention writes .* something acts in between",
+        "a gate or a norm acts between the heads and the output projection",
+    ),
+    "mixed": (
+        "what attention wrote is not what the stream gained",
+        "another mixer writes beside attention, in the same block",
+    ),
+    "values": (
+        "the values come from no projection of their own",
+        "values are not one matrix times the stream (latent attention, or experts)",
+    ),
+    "output": (
+        "attention has no output projection that can be told",
+        "the output projection is not one matrix (experts)",
+    ),
+    "mlp": (
+        "MLP cannot be tried by itself|the MLP's part of the stream could not be reproduced",
+        "the MLP is no module that can be tried by itself",
+    ),
+    "own code": (
+        "cannot be seen through a lens: layer 0: its attention is code of its own",
+        "the backend is pattern, so that no key can be hidden; of `sinks` it has mass and stream "
+        "only",
+    ),
+    "stream": (
+        "so what they carry cannot be tied to one place|has no site 'final_norm'",
+        "the residual stream is not hooked in one place",
+    ),
+}
+_BEYOND_ROLLOUT = ("path_bound", "norm_rollout", "alti")
+_HYBRID = {"hybrid": ("rollout", "topology", *_BEYOND_ROLLOUT)}
+_GATED = {"gated": _BEYOND_ROLLOUT}
+_LATENT_VALUES = {"values": ("path_bound",)}
+_OWN_CODE = {"own code": ("spread_evicted",)}
+_ODD_MLP = {"mlp": ("path_bound",)}
+FLOW_WITHOUT: dict[str, dict[str, tuple[str, ...]]] = {
+    "afmoe": _GATED,
+    "bamba": _HYBRID,
+    "bitnet": _GATED,
+    "bloom": {**_ODD_MLP, **_OWN_CODE},
+    "codegen": _OWN_CODE,
+    "deepseek_v2": _LATENT_VALUES,
+    "deepseek_v3": _LATENT_VALUES,
+    "falcon": _OWN_CODE,
+    "falcon_h1": {"mixed": _BEYOND_ROLLOUT},
+    "glm4_moe_lite": _LATENT_VALUES,
+    "gpt_neo": _OWN_CODE,
+    "gptj": _OWN_CODE,
+    "jamba": _HYBRID,
+    "jetmoe": {**_LATENT_VALUES, "output": ("norm_rollout", "alti")},
+    "laguna": _GATED,
+    "lfm2": _HYBRID,
+    "lfm2_moe": _HYBRID,
+    "llama4_text": _ODD_MLP,
+    "mpt": {**_ODD_MLP, **_OWN_CODE},
+    "olmo_hybrid": _HYBRID,
+    "openai-gpt": {"stream": (*_BEYOND_ROLLOUT, "sensitivity", "spread", "sinks")},
+    "opt": _ODD_MLP,
+    "qwen3_5_text": _HYBRID,
+    "qwen3_next": _HYBRID,
+    "xglm": {**_ODD_MLP, **_OWN_CODE},
+    "youtu": _LATENT_VALUES,
+}
+
 # Their attention is code of their own, so that only its explicit pattern can be read.
 UNFUSED = {"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "openai-gpt", "xglm"}
 
@@ -228,8 +301,15 @@ def table() -> str:
         'their own: `backend="fused"` reads their pattern, and says so in the result and in one',
         "warning.",
         "",
-        "| family | class | attention | backend | half formats | residual stream |",
-        "|---|---|---|---|---|---|",
+        f"Of {len(FAMILIES) - len(FLOW_WITHOUT)} families `information_flow` gives every picture. "
+        "The last column says what is",
+        "missing of the others and why:",
+        "",
+        *(f"* *{name}*: {said}" for name, (_, said) in REASONS.items()),
+        "",
+        "| family | class | attention | backend | half formats | residual stream "
+        "| information flow |",
+        "|---|---|---|---|---|---|---|",
     ]
     for family in FAMILIES:
         with built(family) as folder, warnings.catch_warnings():
@@ -246,8 +326,10 @@ def table() -> str:
         half = "yes"
         if pattern_only_full:
             half = "float32 only" if family in UNFUSED else "fused only"
+        missing = FLOW_WITHOUT.get(family, {}).items()
+        flow = "; ".join(f"no {', '.join(names)}: {why}" for why, names in missing) or "all"
         lines.append(
-            f"| {family} | {facts.architecture} | {said} | {backend} | {half} | {stream} |"
+            f"| {family} | {facts.architecture} | {said} | {backend} | {half} | {stream} | {flow} |"
         )
     return "\n".join([*lines, ""])
 

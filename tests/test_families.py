@@ -1,13 +1,28 @@
 """Every family: heads equal to what transformers computes, alone, padded, and with its stream."""
 
+import re
+
 import pytest
 import torch
-from families import FAMILIES, NO_HALF_RUN, NO_STREAM, ROUNDED, TABLE, UNFUSED, built, table
+from families import (
+    FAMILIES,
+    FLOW_WITHOUT,
+    NO_HALF_RUN,
+    NO_STREAM,
+    REASONS,
+    ROUNDED,
+    TABLE,
+    UNFUSED,
+    beside_plain,
+    built,
+    table,
+)
 from transformers import AutoModelForCausalLM
 
 import eyechart
 from eyechart.attention.probe import reduce_pattern
 from eyechart.errors import CaptureError
+from eyechart.flow import MEASURES
 from eyechart.kernels import seers
 from eyechart.results import STATISTICS
 
@@ -89,6 +104,54 @@ def test_half_formats_are_read_or_refused(family):
         torch.testing.assert_close(
             getattr(ours, name), getattr(truth, name), atol=2e-2, rtol=0, equal_nan=True
         )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_information_flow_is_that_of_transformers_attention_and_streams(family):
+    ids = torch.randint(3, 250, (2, LENGTH))
+    model, plain = beside_plain(family)
+    measures = tuple(name for name in MEASURES if name != "replacement")
+    found = eyechart.information_flow(model, ids, measures=measures, probes=2)
+    without = {name: why for why, names in FLOW_WITHOUT.get(family, {}).items() for name in names}
+    assert set(found.unavailable) == set(without)
+    for name, reason in found.unavailable.items():
+        assert re.search(REASONS[without[name]][0], reason), (name, reason)
+    for name in {*measures, "spread_evicted"} - {"topology"}:
+        expected = name not in without and not (name == "spread_evicted" and "spread" in without)
+        assert (getattr(found, name) is not None) == expected, name
+
+    with torch.no_grad():
+        ran = plain(ids, output_attentions=True, output_hidden_states=True)
+    patterns = [pattern for pattern in ran.attentions if pattern is not None]
+    assert ("rollout" in without) == (len(patterns) < plain.config.num_hidden_layers)
+    if found.rollout is not None:
+        product = torch.eye(LENGTH)
+        for layer, pattern in enumerate(patterns):
+            product = (pattern.mean(dim=1) + torch.eye(LENGTH)) / 2 @ product
+            row = product[:, -1] / product[:, -1].sum(dim=-1, keepdim=True)
+            torch.testing.assert_close(found.rollout[:, layer], row, atol=1e-5, rtol=1e-4)
+    if found.sinks is None or found.spread is None or found.spread_change is None:
+        return
+    there = ~found.sinks.mass.isnan().all(dim=0)
+    mass = torch.stack([pattern[..., 0].mean(dim=(1, 2)) for pattern in patterns], dim=1)
+    torch.testing.assert_close(found.sinks.mass[:, there], mass, atol=1e-5, rtol=1e-4)
+    # Without a seam the vectors behind a pattern are not seen.
+    vectors = (found.sinks.value_norm, found.sinks.key_norm, found.sinks.cosine)
+    for values in vectors:
+        assert values[:, there].isnan().all() == values[:, there].isnan().any()
+        assert bool(values[:, there].isnan().all()) == (family in UNFUSED)
+    changed = ids.clone()
+    changed[torch.arange(2), found.spread_change[:, 0]] = found.spread_change[:, 1]
+    with torch.no_grad():
+        other = plain(changed, output_hidden_states=True)
+    # The last of transformers' states is taken after the final norm.
+    for depth in range(len(ran.hidden_states) - 1):
+        before, after = ran.hidden_states[depth], other.hidden_states[depth]
+        size = before.norm(dim=-1)
+        moved = (after - before).norm(dim=-1) / size
+        torch.testing.assert_close(found.spread[:, depth], moved, atol=1e-5, rtol=1e-4)
+        peak = size[:, 0] / size[:, 1:].sort(dim=-1).values[:, (LENGTH - 2) // 2]
+        torch.testing.assert_close(found.sinks.residual[:, depth], peak, atol=1e-5, rtol=1e-4)
 
 
 def test_most_families_take_the_fused_path():

@@ -15,7 +15,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "exam" / "manifest.json").is_file()
@@ -27,6 +27,7 @@ def test_commands_and_options_exist():
     # Words only: Rich draws its boxes as wide as the terminal happens to be.
     for command, words in {
         "exam": ("--prompt", "--prompt-file", "--out", "--json", "--device", "--dtype"),
+        "flow": ("--query", "--measures", "--probes", "--layer", "--out", "--json"),
         "models": ("--json",),
         "report": ("--out",),
     }.items():

@@ -88,8 +88,8 @@ def information_flow(
         changed: Position that ``spread`` changes; by default the middle of the text.
         evict: How many first tokens ``spread_evicted`` hides, from twice that position on.
         prepend_bos: See :func:`eyechart.sequences.prepare`.
-        batch_size: Sequences a pass; by default all at once, and for replacements what 16,384
-            tokens hold.
+        batch_size: Sequences a pass; by default all at once, for replacements what 16,384 tokens
+            hold, and for derivatives what 4,096 do.
         accumulate: Number format of softmax and sums; a float64 model takes float64 anyway.
         seed: Of random vectors and replacement tokens.
         on_step: Called with the name of each part as its measurement begins.
@@ -110,6 +110,8 @@ def information_flow(
     _check_places(facts, prepared, at, layer, replacements, changed, evict)
     if accumulate not in ("float32", "float64"):
         raise UsageError(f"accumulate must be 'float32' or 'float64', got {accumulate!r}")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     kind = torch.promote_types(facts.dtype, getattr(torch, accumulate))
     flow = _Flow(model, facts, prepared, at, layer, kind)
     if measures is None:
@@ -134,7 +136,7 @@ def information_flow(
                 flow.walk_back_values(kinds)
             if "sensitivity" in wanted:
                 on_step("derivatives")
-                flow.differentiate(probes, seed)
+                flow.differentiate(probes, batch_size, seed)
             if "replacement" in wanted:
                 on_step("replaced tokens")
                 flow.replace(replacements, batch_size, seed)
@@ -301,18 +303,25 @@ class _Flow:
         else:
             self.found |= {kind: self._masked(rows) for kind, rows in walked.items()}
 
-    def differentiate(self, probes: int | None, seed: int) -> None:
+    def differentiate(self, probes: int | None, batch_size: int | None, seed: int) -> None:
         """Sensitivity to every position."""
         with Meter(self.facts.device) as meter:
             found = self.attempt(
                 "sensitivity",
                 lambda: sensitivity(
-                    self.model, self.prepared, self.query, self.target, probes, seed
+                    self.model,
+                    self.prepared,
+                    self.query,
+                    self.target,
+                    probes,
+                    batch_size,
+                    seed,
                 ),
             )
         if found is None:
             return
-        value, half = (self._masked(x) for x in found)
+        *values, graphs = found
+        value, half = (self._masked(x) for x in values)
         self.found |= {"sensitivity": value, "sensitivity_interval": half, "probes": probes}
         end = "final_norm" if self.target is None else "resid_post"
         self.sources.append(
@@ -321,8 +330,8 @@ class _Flow:
                 self.prepared,
                 meter,
                 attention="autograd",
-                hooks={"resid_pre": 1, end: 1},
-                passes=1,
+                hooks={"resid_pre": graphs, end: graphs},
+                passes=graphs,
                 seed=seed,
             )
         )
@@ -390,9 +399,8 @@ def _wanted(measures: Sequence[str] | None, probes: int | None, prepared: Sequen
         measures = (measures,)
     unknown = sorted(set(measures) - set(MEASURES))
     if unknown or not measures:
-        raise UsageError(
-            f"unknown measures {', '.join(map(repr, unknown))}; choose from {', '.join(MEASURES)}"
-        )
+        said = f"unknown measures {', '.join(map(repr, unknown))}" if unknown else "no measures"
+        raise UsageError(f"{said}; choose from {', '.join(MEASURES)}")
     return set(measures)
 
 

@@ -26,6 +26,7 @@ from eyechart.results import Sequences
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+_TOKENS = 4096  # in one graph
 _Z = 2.5758293035489004  # of a two-sided 99% interval
 
 
@@ -56,9 +57,10 @@ def sensitivity(
     query: Int[Tensor, " batch"],
     target: int | None,
     probes: int | None,
+    batch_size: int | None,
     seed: int,
-) -> tuple[Float[Tensor, "batch position"], Float[Tensor, "batch position"]]:
-    """Frobenius norm of d y / d v_i for every position, and the half width of its 99% interval.
+) -> tuple[Float[Tensor, "batch position"], Float[Tensor, "batch position"], int]:
+    """Frobenius norm of d y / d v_i for every position, half width of its 99% interval, and graphs.
 
     Args:
         model: In evaluation mode.
@@ -66,19 +68,32 @@ def sensitivity(
         query: Position of y in each sequence.
         target: Block out of which y is read; None for the final norm's output.
         probes: Random vectors; None takes every unit vector, which is exact.
+        batch_size: Sequences a graph; by default what 4,096 tokens hold.
         seed: Of the random vectors.
     """
-    leaf, out = _graph(model, sequences.tokens.to(model.cfg.device), target)
-    y = out[torch.arange(len(query)), query.to(out.device)]
-    found = []
-    for u in _vectors(y, probes, seed):
-        (pulled,) = torch.autograd.grad(y, leaf, u, retain_graph=True)
-        found.append(pulled.float().square().sum(dim=-1).double().cpu())
-    squares = torch.stack(found)
-    if probes is None:
-        exact = squares.sum(dim=0).sqrt()
-        return exact.float(), torch.zeros_like(exact).float()
-    return interval(squares)
+    total, length = sequences.tokens.shape
+    size = batch_size or max(1, _TOKENS // length)
+    parts = []
+    for first in range(0, total, size):
+        rows = slice(first, first + size)
+        at = query[rows]
+        leaf, out = _graph(model, sequences.tokens[rows].to(model.cfg.device), target)
+        y = out[torch.arange(len(at)), at.to(out.device)]
+        found = []
+        for u in _vectors(y, probes, seed + first):
+            (pulled,) = torch.autograd.grad(y, leaf, u, retain_graph=True)
+            wide = pulled.to(torch.promote_types(pulled.dtype, torch.float32))
+            found.append(wide.square().sum(dim=-1).cpu().double())
+        parts.append(torch.stack(found))
+    squares = torch.cat(parts, dim=1)
+    value, half = interval(squares) if probes is not None else _exact(squares)
+    kind = torch.promote_types(facts_of(model).dtype, torch.float32)
+    return value.to(kind), half.to(kind), len(parts)
+
+
+def _exact(squares: Float[Tensor, "d_model batch position"]) -> tuple[Tensor, Tensor]:
+    value = squares.sum(dim=0).sqrt()
+    return value, torch.zeros_like(value)
 
 
 def interval(
@@ -96,14 +111,15 @@ def interval(
     if count == 1:
         relative = torch.full_like(mean, 2.0)
     else:
-        own = squares.var(dim=0) / mean.square().clamp(min=1e-300)
-        relative = ((own + own.nanmedian()) / 2).clamp(max=2.0)  # 2: a Jacobian of rank one
+        own = squares.var(dim=0) / mean.square()  # NaN where nothing arrives
+        pooled = own.nanmedian(dim=-1, keepdim=True).values
+        relative = ((own + pooled) / 2).clamp(max=2.0).nan_to_num()  # 2: a Jacobian of rank one
     degrees = 2 * count / relative.clamp(min=1e-12)
     spread = 2 / (9 * degrees)
     low, high = ((1 - spread + z * spread.sqrt()).clamp(min=1e-3) ** 3 for z in (-_Z, _Z))
     root = mean.sqrt()
     half = torch.maximum(root / low.sqrt() - root, root - root / high.sqrt())
-    return root.float(), half.float()
+    return root, half
 
 
 def _vectors(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eyechart.errors import CaptureError
@@ -53,7 +53,7 @@ class SinkProbe(StreamProbe[tuple[SinkProfile, Provenance]]):
             "value": _over_others(v.norm(dim=-1), look.mask).repeat_interleave(shared, dim=1),
             "key": _over_others(k.norm(dim=-1), look.mask).repeat_interleave(shared, dim=1),
         }
-        kept["cosine"], kept["others"] = _cosines(q, k, look.mask)
+        kept["cosine"], kept["others"] = _cosines(q, k, look.mask, call.start)
         assert look.layer is not None
         with contextlib.suppress(CaptureError):  # a head's part of W_O cannot be told apart
             heads, width = q.shape[1], v.shape[-1]
@@ -118,14 +118,17 @@ def _cosines(
     q: Float[Tensor, "batch head query d_head"],
     k: Float[Tensor, "batch kv_head key d_head"],
     mask: Bool[Tensor, "batch query"],
+    start: Int[Tensor, "batch_or_one query"] | None,
 ) -> tuple[Float[Tensor, "batch head"], Float[Tensor, "batch head"]]:
-    """Mean cosine of queries with the first key, and with the other keys up to each of them."""
+    """Mean cosine of queries with the first key, and with the other keys that each of them sees."""
     unit = torch.nn.functional.normalize
     q, k = unit(q, dim=-1), unit(k, dim=-1).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     # Sums of unit keys up to each query: the mean over pairs without the pairs.
-    sums = k[:, :, 1:].cumsum(dim=2)
-    count = torch.arange(1, k.shape[2], device=k.device)
-    others = (q[:, :, 1:] * sums).sum(dim=-1) / count
-    first = (q[:, :, 1:] * k[:, :, :1]).sum(dim=-1)
+    sums = k.cumsum(dim=2)
+    at = torch.arange(k.shape[2], device=k.device)
+    last = at.new_zeros(1, len(at)) if start is None else (start.long() - 1).clamp(min=0)
+    unseen = sums.gather(2, last[:, None, :, None].expand_as(sums))  # up to the last not seen
+    others = ((sums - unseen) * q).sum(dim=-1) / (at - last)[:, None]
+    first = (q * k[:, :, :1]).sum(dim=-1)
     later = mask[:, None, 1:]
-    return _mean(first, later), _mean(others, later)
+    return _mean(first[..., 1:], later), _mean(others[..., 1:], later)
