@@ -5,7 +5,7 @@
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,7 @@ _GATED = {"gated": _BEYOND_ROLLOUT}
 _LATENT_VALUES = {"values": ("path_bound",)}
 _OWN_CODE = {"own code": ("spread_evicted",)}
 _ODD_MLP = {"mlp": ("path_bound",)}
-FLOW_WITHOUT: dict[str, dict[str, tuple[str, ...]]] = {
+FLOW_WITHOUT: dict[str, Mapping[str, tuple[str, ...]]] = {
     "afmoe": _GATED,
     "bamba": _HYBRID,
     "bitnet": _GATED,
@@ -231,8 +231,9 @@ FLOW_WITHOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "lfm2_moe": _HYBRID,
     "llama4_text": _ODD_MLP,
     "mpt": {**_ODD_MLP, **_OWN_CODE},
+    "nanochat": {"stream": ("replacement",)},
     "olmo_hybrid": _HYBRID,
-    "openai-gpt": {"stream": (*_BEYOND_ROLLOUT, "sensitivity", "spread", "sinks")},
+    "openai-gpt": {"stream": (*_BEYOND_ROLLOUT, "sensitivity", "replacement", "spread", "sinks")},
     "opt": _ODD_MLP,
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,

@@ -110,15 +110,15 @@ def test_half_formats_are_read_or_refused(family):
 def test_information_flow_is_that_of_transformers_attention_and_streams(family):
     ids = torch.randint(3, 250, (2, LENGTH))
     model, plain = beside_plain(family)
-    measures = tuple(name for name in MEASURES if name != "replacement")
-    found = eyechart.information_flow(model, ids, measures=measures, probes=2)
+    found = eyechart.information_flow(model, ids, probes=2, replacements=[5])
     without = {name: why for why, names in FLOW_WITHOUT.get(family, {}).items() for name in names}
     assert set(found.unavailable) == set(without)
     for name, reason in found.unavailable.items():
         assert re.search(REASONS[without[name]][0], reason), (name, reason)
-    for name in {*measures, "spread_evicted"} - {"topology"}:
-        expected = name not in without and not (name == "spread_evicted" and "spread" in without)
-        assert (getattr(found, name) is not None) == expected, name
+    fields = {"topology": "hitting_depth", "replacement": "replacement_kl"}
+    for name in MEASURES:
+        assert (getattr(found, fields.get(name, name)) is None) == (name in without), name
+    assert (found.spread_evicted is None) == bool({"spread", "spread_evicted"} & set(without))
 
     with torch.no_grad():
         ran = plain(ids, output_attentions=True, output_hidden_states=True)
@@ -130,6 +130,14 @@ def test_information_flow_is_that_of_transformers_attention_and_streams(family):
             product = (pattern.mean(dim=1) + torch.eye(LENGTH)) / 2 @ product
             row = product[:, -1] / product[:, -1].sum(dim=-1, keepdim=True)
             torch.testing.assert_close(found.rollout[:, layer], row, atol=1e-5, rtol=1e-4)
+    if found.replacement_kl is not None and found.replacement_token is not None:
+        replaced = ids.clone()
+        replaced[:, 5] = found.replacement_token[:, 5]
+        with torch.no_grad():
+            logits = [plain(x).logits[:, -1].double() for x in (ids, replaced)]
+        p, q = (x.softmax(dim=-1) for x in logits)
+        kl = (p * (p / q).log()).sum(dim=-1).float()
+        torch.testing.assert_close(found.replacement_kl[:, 5], kl, atol=1e-6, rtol=1e-2)
     if found.sinks is None or found.spread is None or found.spread_change is None:
         return
     there = ~found.sinks.mass.isnan().all(dim=0)

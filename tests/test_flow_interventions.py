@@ -79,8 +79,8 @@ def divergence(before: Tensor, after: Tensor) -> float:
 @pytest.mark.parametrize(("layer", "query"), [(None, -1), (None, 9), (0, 9), (1, -3)])
 def test_each_replacement_is_a_run_of_its_own(pair, layer, query):
     model, plain = pair
-    chosen = [0, 2, 3, 8]
-    found = measured(model, "replacement", query=query, layer=layer, replacements=chosen)
+    chosen = [8, 0, 2, 3]
+    found = measured(model, "replacement", query=query, layer=layer, replacements=[*chosen, 2])
     assert found.replacement_kl is not None and found.replacement_change is not None
     assert found.replacement_token is not None
     assert found.target == ("final norm" if layer is None else f"layer {layer}")

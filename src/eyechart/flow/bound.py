@@ -167,8 +167,10 @@ def _value_path(
     first = part(model, index, "ln1")
     truth = at_sample(layer.values.transpose(1, 2), trace.sequences.mask).flatten(2)
     with torch.no_grad():
-        normed = before if first is None else function(first)(before)
-        found = torch.stack([function(module)(row) for row in normed])
+        normed = before
+        if first is not None:
+            normed = function(first)(before.flatten(0, 1)).unflatten(0, before.shape[:2])
+        found = function(module)(normed.flatten(0, 1)).unflatten(0, normed.shape[:2])
     if found.shape != truth.shape or not near(found, truth):
         raise CaptureError(f"layer {index}: the values are not one matrix times the normed stream")
     norm = norm_of(first, before[0, 0])
@@ -196,14 +198,14 @@ def _mlp(
             continue
         steps = [function(m) for m in (norm, mlp, post) if m is not None]
         with torch.no_grad():
-            found = torch.stack([_chain(steps)(row) for row in read])
+            found = _chain(steps)(read.flatten(0, 1)).unflatten(0, read.shape[:2])
         if found.shape != write.shape:
             break
         size = found.double().square().sum()
         scale = float((found.double() * write.double()).sum() / size) if size else 1.0
         if near(found * scale, write):
             kind = norm_of(norm, read[0, 0])
-            norms = torch.stack([operator_norms(_chain(steps), row) for row in read])
+            norms = operator_norms(_chain(steps), read.flatten(0, 1)).unflatten(0, read.shape[:2])
             sigma = norms.double() * abs(scale) * kind.sigma(spread_of(read)).double()
             return sigma.amax(dim=-1, keepdim=True), kind
     raise CaptureError(f"layer {index}: the MLP's part of the stream could not be reproduced")

@@ -79,7 +79,7 @@ def replace(
         draw = torch.Generator().manual_seed(seed + b)
         own = sequences.tokens[b, : last + 1]
         wanted = chosen_positions(last) if positions is None else positions
-        at = [p for p in wanted if p <= last]
+        at = [p for p in dict.fromkeys(wanted) if p <= last]
         rows = own.repeat(len(at) + 1, 1)
         for row, position in enumerate(at, start=1):
             rows[row, position] = other_token(own, position, draw)

@@ -22,7 +22,7 @@ from eyechart.results import Provenance, Sequences
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-SAMPLE = 32
+SAMPLE = 16
 _AROUND = ("resid_pre", "attn_raw", "attn_out")
 _SPREADS = ("resid_pre", "attn_raw", "attn_out", "resid_mid", "resid_post")
 _BLOCK = 128  # queries of a kept pattern that are handed on at once
