@@ -22,7 +22,7 @@ PATHS = ("rollout", "path_bound", "topology")
 VALUES = ("norm_rollout", "alti")
 
 
-def flow(model: Any, *measures: str, inputs: Any = IDS, **options: Any) -> InformationFlow:
+def flow(model: Any, *measures: str, inputs: Any = IDS, **options: Any) -> Any:
     found = eyechart.information_flow(model, inputs, measures=measures, **options)
     assert not found.unavailable
     return found
@@ -176,7 +176,7 @@ def test_receptive_size_and_centre_of_known_rows(llama):
     found = flow(llama, "rollout", inputs=IDS[:1])
     rows = torch.zeros(1, 2, 24)
     rows[0, 0, 3], rows[0, 1, :8] = 1, 1 / 8
-    made = InformationFlow(
+    made: Any = InformationFlow(
         found.sequences, found.provenance, found.query, "final norm", rollout=rows
     )
     torch.testing.assert_close(made.receptive_size(), torch.tensor([[1.0, 8.0]]))
@@ -215,7 +215,9 @@ def materialised(model: Any, layer: int, ids: Tensor) -> tuple[Tensor, Tensor, T
 def test_value_weighted_rollouts_are_their_definitions(family):
     model = opened(family)
     found = flow(model, *VALUES)
-    products = dict.fromkeys(VALUES, torch.eye(24, dtype=torch.float64).expand(2, 24, 24))
+    products: dict[str, Tensor] = dict.fromkeys(
+        VALUES, torch.eye(24, dtype=torch.float64).expand(2, 24, 24)
+    )
     for layer in range(2):
         t, y, _ = materialised(model, layer, IDS)
         size = t.norm(dim=-1)
@@ -254,8 +256,8 @@ def jacobian(folder: Any, ids: Tensor, frozen: bool, target: int | None = None) 
     model = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float64
     ).eval()
+    plain = torch.nn.functional.softmax
     if frozen:
-        plain = torch.nn.functional.softmax
         # The theorem's assumption: attention does not depend on the input.
         torch.nn.functional.softmax = lambda *a, **b: plain(*a, **b).detach()
     try:
@@ -269,7 +271,7 @@ def jacobian(folder: Any, ids: Tensor, frozen: bool, target: int | None = None) 
                 return (leaf, *inputs[1:]), options
             return inputs, {**options, "hidden_states": leaf}
 
-        base = model.base_model
+        base: Any = model.base_model
         first = (base.layers if hasattr(base, "layers") else base.h)[0]
         handle = first.register_forward_pre_hook(enter, with_kwargs=True)
         out = base(ids[None], output_hidden_states=True)
@@ -281,8 +283,7 @@ def jacobian(folder: Any, ids: Tensor, frozen: bool, target: int | None = None) 
             for unit in torch.eye(y.shape[0], dtype=torch.float64)
         ]
     finally:
-        if frozen:
-            torch.nn.functional.softmax = plain
+        torch.nn.functional.softmax = plain
     return torch.stack(rows, dim=1)
 
 
@@ -367,7 +368,7 @@ def test_a_padded_batch_is_its_texts_one_by_one(llama):
 
 def test_the_default_models_flow(default_model):
     text = eyechart.sequences.BUILT_IN_PROMPT[:420]
-    found = eyechart.information_flow(
+    found: Any = eyechart.information_flow(
         default_model, text, measures=("rollout", "path_bound", *VALUES, "sensitivity", "sinks")
     )
     assert not found.unavailable

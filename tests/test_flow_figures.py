@@ -226,7 +226,7 @@ def test_lines_stand_out_from_a_white_and_from_a_dark_page(page):
 
 
 def test_topology_shows_paths_spectrum_and_depth():
-    flow = made_up_flow(query=torch.tensor([5]))
+    flow: Any = made_up_flow(query=torch.tensor([5]))
     paths, second, depth = topology(flow).data
     layers = flow.layers
     counted = [math.log10(math.comb(5 - i + layers - 1, layers - 1)) for i in range(6)]

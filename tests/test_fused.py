@@ -425,7 +425,7 @@ def test_an_exam_of_a_long_text_is_fused_and_the_same(llama):
     found = eyechart.exam(llama, ids, lengths=[1, 2])
     assert found.attention is not None and set(found.attention.backend) == {"fused"}
     assert not found.failures and found.patterns is not None and found.residual is not None
-    assert found.provenance.attention == "fused, pattern"
+    assert found.provenance.attention == "autograd, fused, pattern"
     assert found.residual.provenance.attention == "fused"
     pattern = eyechart.attention_statistics(llama, ids, backend="pattern")
     assert found.attention.sink_rate(0.1, 64) == pattern.sink_rate(0.1, 64)

@@ -226,6 +226,6 @@ def test_the_same_every_time() -> None:
 
 
 def test_the_kernel_passes_its_trial() -> None:
-    assert tried(gpu.run, DEVICE).run is gpu.run
+    assert tried(gpu.run, device=DEVICE).run is gpu.run
     if DEVICE == "cuda":
         assert _gpu_kernel(torch.device("cuda")).run is gpu.run

@@ -227,11 +227,11 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, cache):
 
 
 def test_a_kernel_that_computes_something_else_is_refused(monkeypatch, cache, tmp_path):
-    source = native.SOURCE.read_text(encoding="utf-8")
+    source = native.SOURCES[0].read_text(encoding="utf-8")
     wrong = tmp_path / "rows.c"
     # Tiled instead of interleaved groups.
     wrong.write_text(source.replace("g = h / (a->heads / a->kv_heads)", "g = h % a->kv_heads"))
-    monkeypatch.setattr(native, "SOURCE", wrong)
+    monkeypatch.setattr(native, "SOURCES", (wrong, *native.SOURCES[1:]))
     made = native.build(("-march=native",))
     assert made.run is None and "differs from its definition" in made.reason
 

@@ -26,7 +26,8 @@ def evict(model: "TransformerBridge", keys: int = 4, after: int = 8) -> Iterator
     """Hide the first ``keys`` tokens from the queries from position ``after`` on.
 
     The way to take a sink away. Hiding the first token from every query is another experiment: the
-    second token then is the first that anyone sees, and becomes the sink.
+    second token then is the first that anyone sees, and becomes the sink. Generation works without
+    a cache of keys (``use_past_kv_cache=False``).
 
     Args:
         model: A TransformerBridge.

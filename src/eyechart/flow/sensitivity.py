@@ -6,6 +6,7 @@ graph serves all of them.
 """
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -42,6 +43,10 @@ def check_differentiable(model: "TransformerBridge") -> None:
             "the model is in training mode, where dropout makes derivatives random; call "
             "model.eval() first"
         )
+    # Once for the same weights in the same modules.
+    state = (facts_of(model), tuple(map(id, model.modules())))
+    if _PASSED.get(model) == state:
+        return
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.cfg.device)
     with _watched(model):
         leaf, target = _graph(model, tokens, None)
@@ -49,6 +54,10 @@ def check_differentiable(model: "TransformerBridge") -> None:
         torch.autograd.grad(target[:, -1].sum(), leaf)
     except RuntimeError as problem:
         raise CaptureError(f"no derivative can be taken: {problem}") from problem
+    _PASSED[model] = state
+
+
+_PASSED: "weakref.WeakKeyDictionary[TransformerBridge, object]" = weakref.WeakKeyDictionary()
 
 
 def sensitivity(

@@ -30,13 +30,16 @@ class _Attention(torch.autograd.Function):
         lengths = torch.full((q.shape[0],), q.shape[2])
         found = kernel.run(call, lengths)
         ctx.save_for_backward(q, k, v, call.output, found["lse"])
-        ctx.call, ctx.kernel = call, kernel
+        # Not the call: it holds the output, which holds this context.
+        ctx.kernel, ctx.shape_of_rows = kernel, (call.scale, call.softcap, call.start, call.sinks)
+        assert call.output is not None
         return call.output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *slopes: Any
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
-        own: AttentionCall = ctx.call
-        call = AttentionCall(q, k, v, own.scale, own.softcap, own.start, own.sinks, output)
-        return *ctx.kernel.pull(call, lse, slope), None, None
+        call = AttentionCall(q, k, v, *ctx.shape_of_rows, output)
+        return *ctx.kernel.pull(call, lse, *slopes), None, None

@@ -1,8 +1,8 @@
-"""The compiled kernel of the CPU: ``rows.c``, built once with the machine's own C compiler.
+"""The compiled kernels of the CPU: ``rows.c`` and its neighbours, built once by the machine itself.
 
-There is no binary to ship and none to trust: the source is compiled on first use (two seconds) for
-this very processor, kept in eyechart's cache, and tried against known answers every time it is
-loaded. Without a C compiler everything still works, through :mod:`eyechart.kernels.streamed`.
+There is no binary to ship and none to trust: the source is compiled with the C compiler at hand on
+first use (two seconds) for this very processor, kept in eyechart's cache, and tried against known
+answers every time it is loaded. Without a C compiler everything still works, in torch.
 """
 
 import ctypes
@@ -24,7 +24,9 @@ from eyechart.kernels.call import AttentionCall
 from eyechart.kernels.trial import Kernel, tried
 from eyechart.models.cache import cache_folder
 
-SOURCE = Path(__file__).with_name("rows.c")
+FOLDER = Path(__file__).parent
+SOURCES = tuple(FOLDER / name for name in ("rows.c", "carry.c", "pull.c"))
+HEADER = FOLDER / "tiles.h"
 ROW_NAMES = ("first", "diagonal", "previous", "entropy", "largest", "distance", "lse")
 
 # Finite arithmetic only is not promised: a NaN must stay one.
@@ -34,7 +36,7 @@ _SEGMENTS, _TILE = 8, 8
 
 
 class _Arguments(ctypes.Structure):
-    """``Attention`` of rows.c, field by field."""
+    """``Attention`` of tiles.h, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
@@ -78,7 +80,11 @@ def build(machine: tuple[str, ...]) -> Kernel:
     except (OSError, subprocess.SubprocessError, AttributeError) as problem:
         said = getattr(problem, "stderr", None) or str(problem)
         return Kernel(None, f"{compiler} gave no usable kernel: {said.strip().splitlines()[0]}")
-    return tried(*(functools.partial(way, library) for way in (run, carry, pull)))
+    return tried(
+        functools.partial(run, library),
+        functools.partial(carry, library),
+        functools.partial(pull, library),
+    )
 
 
 def run(library: ctypes.CDLL, call: AttentionCall, lengths: Tensor) -> dict[str, Tensor]:
@@ -220,7 +226,8 @@ def _compiled(compiler: str, machine: tuple[str, ...]) -> Path:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    made_of = (SOURCE.read_text(encoding="utf-8"), repr(command), version, _processor())
+    written = [path.read_text(encoding="utf-8") for path in (HEADER, *SOURCES)]
+    made_of = (*written, repr(command), version, _processor())
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     library = cache_folder() / "kernels" / f"rows-{digest}.so"
     if not library.exists():
@@ -228,7 +235,7 @@ def _compiled(compiler: str, machine: tuple[str, ...]) -> Path:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             fresh = Path(folder) / library.name
             subprocess.run(
-                [*command, str(SOURCE), "-o", str(fresh), *_LINK],
+                [*command, f"-I{FOLDER}", *map(str, SOURCES), "-o", str(fresh), *_LINK],
                 capture_output=True,
                 text=True,
                 check=True,
