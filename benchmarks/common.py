@@ -42,7 +42,7 @@ def text_ids(model: Any, length: int) -> torch.Tensor:
     return ids
 
 
-def transformers_sdpa() -> Run:
+def transformers_sdpa(logits: bool = False) -> Run:
     from transformers import AutoModelForCausalLM
 
     from eyechart.models import CATALOGUE, DEFAULT_MODEL
@@ -53,7 +53,7 @@ def transformers_sdpa() -> Run:
 
     def run(ids: torch.Tensor) -> None:
         with torch.no_grad():
-            model.model(ids, use_cache=False)
+            (model if logits else model.model)(ids, use_cache=False)
 
     return run
 

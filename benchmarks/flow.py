@@ -4,7 +4,8 @@
 
 Measures, on the default model in float32 and on English text:
 
-- a plain forward pass of the same weights in transformers with its own SDPA attention, no logits;
+- a plain forward pass of the same weights in transformers with its own SDPA attention, no logits
+  (beside the sensitivity also with the logits of every token, as a plain call makes them);
 - ``eyechart.information_flow`` with rollout and path bound; at the first length beside it the
   rollout alone, and the same from the head means of all patterns, kept in TransformerLens hooks
   and multiplied as whole matrices;
@@ -107,11 +108,13 @@ def autograd() -> Run:
     return run
 
 
+LOGITS = "transformers, SDPA, logits of every token as well"
 BOTH, ROLLOUT = "eyechart, rollout and path bound", "eyechart, rollout alone"
 MATRICES = "whole head-mean matrices, multiplied"
 SENSITIVITY, AUTOGRAD = f"eyechart, {PROBES} probes", f"{PROBES} backward passes of the bridge"
 CONTENDERS: dict[str, Callable[[], Run]] = {
     PLAIN: transformers_sdpa,
+    LOGITS: partial(transformers_sdpa, logits=True),
     BOTH: partial(rollout, "path_bound"),
     ROLLOUT: rollout,
     MATRICES: whole_matrices,
@@ -159,7 +162,7 @@ def main() -> None:
     ]
     for kind, length, names in [
         *(("rollout", *case) for case in cases),
-        ("sensitivity", given.probe_length, [PLAIN, SENSITIVITY, AUTOGRAD]),
+        ("sensitivity", given.probe_length, [PLAIN, LOGITS, SENSITIVITY, AUTOGRAD]),
     ]:
         times = seconds(CONTENDERS, names, length, given.repeats)
         peaks = {name: peak("flow", name, length) for name in names}

@@ -9,6 +9,7 @@ from torch import Tensor
 from eyechart.kernels.attend import kernel_for
 from eyechart.kernels.by_torch import by_torch
 from eyechart.kernels.call import AttentionCall
+from eyechart.kernels.trial import Kernel
 
 
 def differentiable(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
@@ -25,21 +26,20 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, kernel: Any
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, kernel: Kernel
     ) -> Tensor:
-        lengths = torch.full((q.shape[0],), q.shape[2])
-        found = kernel.run(call, lengths)
+        assert kernel.run is not None
+        found = kernel.run(call, torch.full((q.shape[0],), q.shape[2]))
+        assert call.output is not None
         ctx.save_for_backward(q, k, v, call.output, found["lse"])
         # Not the call: it holds the output, which holds this context.
-        ctx.kernel, ctx.shape_of_rows = kernel, (call.scale, call.softcap, call.start, call.sinks)
-        assert call.output is not None
+        ctx.kernel = kernel
+        ctx.rest = {n: getattr(call, n) for n in ("scale", "softcap", "start", "sinks")}
         return call.output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *slopes: Any
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *slopes: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, output, lse = ctx.saved_tensors
-        call = AttentionCall(q, k, v, *ctx.shape_of_rows, output)
+        call = AttentionCall(q, k, v, output=output, **ctx.rest)
         return *ctx.kernel.pull(call, lse, *slopes), None, None
