@@ -229,7 +229,6 @@ FLOW_WITHOUT: dict[str, Mapping[str, tuple[str, ...]]] = {
     "laguna": _GATED,
     "lfm2": _HYBRID,
     "lfm2_moe": _HYBRID,
-    "llama4_text": _ODD_MLP,
     "mpt": {**_ODD_MLP, **_OWN_CODE},
     "nanochat": {"stream": ("replacement",)},
     "olmo_hybrid": _HYBRID,

@@ -66,7 +66,8 @@ def function(module: nn.Module) -> Function:
             raise CaptureError(
                 f"{type(plain).__name__} cannot be tried by itself: {problem}"
             ) from problem
-        return (out[0] if isinstance(out, tuple) else out)[0]
+        # Some experts take the batch axis off.
+        return (out[0] if isinstance(out, tuple) else out).reshape(len(x), -1)
 
     return apply
 
