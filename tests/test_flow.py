@@ -363,6 +363,17 @@ def test_a_padded_batch_is_its_texts_one_by_one(llama):
         )
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox", "granite"])
+def test_half_formats_see_the_same_flow(family):
+    names = ("rollout", "path_bound", *VALUES, "sensitivity")
+    half, full = (
+        flow(opened(family, dtype=kind), *names, inputs=IDS[:1]) for kind in ("bfloat16", "float32")
+    )
+    for name in ("rollout", *VALUES, "path_bound", "sensitivity"):
+        ours, theirs = half.by_position(name), full.by_position(name)
+        assert float((ours / theirs - 1).abs().nanmedian()) < 0.05, name
+
+
 # The real model.
 
 

@@ -36,7 +36,7 @@ from eyechart.flow.modules import (
     part,
     scale_of,
 )
-from eyechart.flow.trace import Layer, Trace, at_sample, spread_of
+from eyechart.flow.trace import Layer, Trace, spread_of
 from eyechart.probes.plan import without_hooks
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def gains_of(
     last = max(trace.layers) if target is None else target
     with without_hooks(model):
         layers = {
-            index: _layer_gains(model, index, trace.layers[index].to(device), trace)
+            index: _layer_gains(model, index, trace.layers[index].to(device))
             for index in sorted(trace.layers)
             if index <= last
         }
@@ -122,7 +122,7 @@ def gains_of(
     return Gains(final, layers)
 
 
-def _layer_gains(model: "TransformerBridge", index: int, layer: Layer, trace: Trace) -> LayerGains:
+def _layer_gains(model: "TransformerBridge", index: int, layer: Layer) -> LayerGains:
     samples = layer.samples
     before, after = samples["resid_pre"], samples["resid_post"]
     parallel = "resid_mid" not in samples
@@ -130,9 +130,9 @@ def _layer_gains(model: "TransformerBridge", index: int, layer: Layer, trace: Tr
     mlp_write = after - mid - (samples["attn_out"] if parallel else 0)
     like = before[0, 0]
 
-    norm, matrix = _value_path(model, index, layer, trace, before)
+    norm, matrix = _value_path(model, index, before, samples.get("values"))
     post = norm_of(part(model, index, "ln1_post"), like)
-    values = _there(layer.values)
+    values = _there(samples.get("values"))
     width = values.shape[-1]
     out = output_matrix(model, index, layer.heads, width, like, samples).double()
     scale = 1.0 if parallel else scale_of(samples["attn_out"], mid - before, index)
@@ -158,14 +158,17 @@ def _layer_gains(model: "TransformerBridge", index: int, layer: Layer, trace: Tr
 
 
 def _value_path(
-    model: "TransformerBridge", index: int, layer: Layer, trace: Trace, before: Tensor
+    model: "TransformerBridge",
+    index: int,
+    before: Float[Tensor, "batch sample d_model"],
+    values: Float[Tensor, "batch sample kv_head d_value"] | None,
 ) -> tuple[Norm, Float[Tensor, "kv_head d_model d_value"]]:
     """The norm before the values, and diag(gamma) W_V: checked against the values of the pass."""
     module = part(model, index, "attn.v")
-    if module is None or layer.values is None:
+    if module is None or values is None:
         raise CaptureError(f"layer {index}: the values come from no projection of their own")
     first = part(model, index, "ln1")
-    truth = at_sample(layer.values.transpose(1, 2), trace.sequences.mask).flatten(2)
+    truth = values.flatten(2)
     with torch.no_grad():
         normed = before
         if first is not None:
@@ -177,7 +180,7 @@ def _value_path(
     matrix = linear_of(module, before.shape[-1], before[0, 0]).double()
     if norm.weight is not None:
         matrix = norm.weight[:, None] * matrix
-    groups = layer.values.shape[1]
+    groups = values.shape[2]
     return norm, matrix.unflatten(1, (groups, -1)).transpose(0, 1)
 
 

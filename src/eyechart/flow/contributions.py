@@ -94,7 +94,7 @@ def contributions(
     if "resid_mid" in layer.samples:
         change = layer.samples["resid_mid"] - layer.samples["resid_pre"]
         write = write * scale_of(layer.samples["attn_out"], change, index)
-    if not near(raw, write):
+    if not near(raw, write, 1e-3):
         gain = _gain(write, raw)
     after = before + write
     shared = layer.heads // values.shape[1]

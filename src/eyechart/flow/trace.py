@@ -46,8 +46,8 @@ class Layer:
         spread_mid: The same of the stream between attention and MLP.
         spread_after: The same of the stream out of the block.
         spread_raw: The same of attention's output before a norm that follows it.
-        samples: Stream and writes at a few positions, by site; "mixed" is each head's mixture of
-            values as attention computed it, side by side.
+        samples: Stream and writes at a few positions, by site; "values" are those of each head, and
+            "mixed" each head's mixture of them as attention computed it, side by side.
     """
 
     call: AttentionCall | None = None
@@ -62,7 +62,7 @@ class Layer:
     spread_mid: Float[Tensor, "batch position 2"] | None = None
     spread_after: Float[Tensor, "batch position 2"] | None = None
     spread_raw: Float[Tensor, "batch position 2"] | None = None
-    samples: dict[str, Float[Tensor, "batch sample d_model"]] = field(default_factory=dict)
+    samples: dict[str, Float[Tensor, "batch sample *rest"]] = field(default_factory=dict)
 
     def carry(
         self, rows: Float[Tensor, "batch row query"], accumulate: torch.dtype
@@ -182,7 +182,9 @@ class TraceProbe(Probe[Trace]):
         )
         if self.contributions or self.bound:
             assert call.output is not None
-            kept["values"] = call.v.clone()
+            kept["valued"] = at_sample(call.v.transpose(1, 2), look.mask)
+            if self.contributions:
+                kept["values"] = call.v.clone()
             kept["mixed"] = at_sample(call.output, look.mask).flatten(2)
         batch = call.q.shape[0]
         kept["scale"] = torch.full((batch,), call.scale, dtype=torch.float64)
@@ -248,13 +250,15 @@ class TraceProbe(Probe[Trace]):
                 made.lse = part["lse"]
             elif (values := at("v", "whole", layer)) is not None and values.ndim == 4:
                 made.values = rearrange(values, "b k g d -> b g k d")
-            if (mixed := at("attention", "mixed", layer)) is not None:
-                made.samples["mixed"] = mixed
+            mixed, valued = (at("attention", name, layer) for name in ("mixed", "valued"))
+            if mixed is not None and valued is not None:
+                made.samples |= {"mixed": mixed, "values": valued}
             elif made.pattern is not None and made.values is not None:
                 shared = made.heads // made.values.shape[1]
                 values = made.values.repeat_interleave(shared, dim=1).to(made.pattern.dtype)
                 mixed = rearrange(made.pattern @ values, "b h q d -> b q (h d)")
                 made.samples["mixed"] = at_sample(mixed, sequences.mask)
+                made.samples["values"] = at_sample(made.values.transpose(1, 2), sequences.mask)
             if "attn_out" in made.samples:
                 made.samples.setdefault("attn_raw", made.samples["attn_out"])
             layers[layer] = made
