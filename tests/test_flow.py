@@ -374,6 +374,17 @@ def test_half_formats_see_the_same_flow(family):
         assert float((ours / theirs - 1).abs().nanmedian()) < 0.05, name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_finds_the_same():
+    names = (*PATHS, *VALUES, "sensitivity", "replacement", "spread", "sinks")
+    with built("llama") as folder:
+        here, there = (eyechart.load(str(folder), device=kind) for kind in ("cpu", "cuda"))
+    cpu, gpu = (flow(model, *names, probes=None) for model in (here, there))
+    for name in ("rollout", *VALUES, "path_bound", "sensitivity", "replacement_kl"):
+        ours, theirs = gpu.by_position(name), cpu.by_position(name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-5)
+
+
 # The real model.
 
 
