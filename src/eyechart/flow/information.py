@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Int
+from torch import Tensor
 
 from eyechart import sequences as sequencing
 from eyechart.errors import CaptureError, UsageError
