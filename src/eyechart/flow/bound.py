@@ -58,7 +58,6 @@ class LayerGains:
         write: The same for a norm after attention, at the token that hears; 1 without one.
         mlp: 1 + sigma_psi / beta_2.
         parallel: Whether attention and MLP run side by side.
-        lipschitz: sigma_psi, of each text.
     """
 
     value: Float[Tensor, " head"]
@@ -66,7 +65,6 @@ class LayerGains:
     write: Float[Tensor, "batch position"]
     mlp: Float[Tensor, "batch position"]
     parallel: bool
-    lipschitz: Float[Tensor, "batch one"]
 
     def sent(self, bound: Float[Tensor, "batch position"]) -> Float[Tensor, "batch position"]:
         """What goes into attention's share, from a row over the block's output."""
@@ -153,7 +151,6 @@ def _layer_gains(model: "TransformerBridge", index: int, layer: Layer) -> LayerG
         else torch.ones_like(spread_mid[..., 0]).double(),
         mlp=1 + lipschitz / beta.sigma(spread_mid).double(),
         parallel=parallel,
-        lipschitz=lipschitz,
     )
 
 

@@ -105,6 +105,7 @@ def contributions(
             end = begin + rows.shape[2]
             rows = rows[..., :end]
             whole = after[:, begin:end]
+            length = whole.abs().sum(dim=-1, keepdim=True)
             found = {k: rows.new_zeros(rows.shape[0], end - begin, end) for k in kinds}
             for first, last in _chunks(rows.shape, whole.shape[-1], rows.device):
                 # Query head h reads key head h // shared.
@@ -120,7 +121,6 @@ def contributions(
                     found["norm_rollout"][..., first:last] = part_of.norm(dim=-1)
                 if "alti" in found:
                     left = part_of.neg_().add_(whole[:, :, None]).abs_().sum(dim=-1)
-                    length = whole.abs().sum(dim=-1, keepdim=True)
                     found["alti"][..., first:last] = (length - left).clamp(min=0)
             yield begin, {k: _normalised(x, begin) for k, x in found.items()}
 

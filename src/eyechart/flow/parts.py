@@ -138,6 +138,8 @@ class Parts:
             ),
         )
         if walked is None:
+            for name in wanted & {"topology", "path_bound"}:
+                self.unavailable.setdefault(name, self.unavailable["rollout"])
             return
         keep = {
             "rollout": ("attention", "rollout", "through"),

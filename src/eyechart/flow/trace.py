@@ -6,7 +6,7 @@ length; only layers that cannot do without their pattern keep that.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -108,13 +108,11 @@ class Trace:
 
     Attributes:
         layers: By block; blocks without attention are missing.
-        fused: Blocks whose attention was computed without its pattern.
         sequences: The tokens.
         provenance: Of the pass.
     """
 
     layers: dict[int, Layer]
-    fused: Collection[int]
     sequences: Sequences
     provenance: Provenance
 
@@ -125,8 +123,8 @@ class TraceProbe(Probe[Trace]):
     Args:
         contributions: Keep values and the stream around attention, for value-weighted measures.
         bound: Keep the size of the stream at every position and samples of it, for the bound.
-        values_hook: Layers whose values must come from their own hook, because attention is read by
-            its pattern there.
+        values_hook: Whether there are layers whose values must come from their own hook, because
+            attention is read by its pattern there.
         accumulate: Number format of softmax and sums.
     """
 
@@ -262,7 +260,7 @@ class TraceProbe(Probe[Trace]):
             if "attn_out" in made.samples:
                 made.samples.setdefault("attn_raw", made.samples["attn_out"])
             layers[layer] = made
-        return Trace(layers, observations.fused, sequences, provenance)
+        return Trace(layers, sequences, provenance)
 
 
 def _moved(whole: Any, device: torch.device) -> dict[str, Any]:
