@@ -21,6 +21,7 @@ PUBLIC = {
     "capture",
     "collapse_curve",
     "exam",
+    "head_census",
     "information_flow",
     "lenses",
     "load",
@@ -38,10 +39,20 @@ MAY_IMPORT = {
     "targets": {"results", "sequences"},
     "kernels": {"models", "targets"},
     "probes": {"results", "models", "sequences", "kernels"},
-    "lenses": {"models", "kernels", "probes"},
+    "lenses": {"results", "models", "kernels", "probes"},
     "texts": set(),
     "flow": {"results", "models", "sequences", "kernels", "probes", "lenses"},
     "attention": {"results", "models", "sequences", "targets", "kernels", "probes"},
+    "heads": {
+        "results",
+        "models",
+        "sequences",
+        "targets",
+        "kernels",
+        "probes",
+        "attention",
+        "texts",
+    },
     "residual": {"results", "models", "sequences", "probes"},
     "collapse": {"results", "models", "sequences", "probes"},
     "examine": {
@@ -55,7 +66,7 @@ MAY_IMPORT = {
         "flow",
     },
     "report": {"results"},
-    "cli": {"results", "models", "sequences", "examine", "flow", "report"},
+    "cli": {"results", "models", "sequences", "examine", "flow", "heads", "report"},
     "errors": set(),
 }
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from eyechart.errors import EyechartError as EyechartError
     from eyechart.examine import exam as exam
     from eyechart.flow import information_flow as information_flow
+    from eyechart.heads import head_census as head_census
     from eyechart.models import load as load
     from eyechart.probes import Probe as Probe
     from eyechart.probes import Record as Record
@@ -34,6 +35,7 @@ _HOME = {
     "residual_norms": "eyechart.residual",
     "collapse_curve": "eyechart.collapse",
     "exam": "eyechart.examine",
+    "head_census": "eyechart.heads",
     "information_flow": "eyechart.flow",
     "open_result": "eyechart.results",
     "EyechartError": "eyechart.errors",
@@ -48,6 +50,7 @@ __all__ = [
     "capture",
     "collapse_curve",
     "exam",
+    "head_census",
     "information_flow",
     "lenses",
     "load",

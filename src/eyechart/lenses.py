@@ -4,18 +4,19 @@ Under a lens every run of the model sees through it, a plain call as well as eye
 measurements; on leaving, whatever happens, the model is as it was. Lenses compose.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from eyechart.errors import UnsupportedModelError, UsageError
-from eyechart.kernels import AttentionCall, attend, differentiable
-from eyechart.models import facts_of
+from eyechart.kernels import AttentionCall, attend, differentiable, replacements
+from eyechart.models import facts_of, opened_with
 from eyechart.probes.plan import fusable
 from eyechart.probes.seam import Edit, edited, edits_of, taken_over
+from eyechart.results import HeadCensus
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -49,6 +50,67 @@ def evict(model: "TransformerBridge", keys: int = 4, after: int = 8) -> Iterator
 
     with _seen_through(model, hide):
         yield
+
+
+@contextmanager
+def skip_heads(
+    census: HeadCensus | Any,  # anything else gets an error that says what to give
+    model: "TransformerBridge | None" = None,
+    *,
+    heads: Sequence[tuple[int, int, str]] | None = None,
+) -> Iterator[None]:
+    """Run the model without some heads: no score is computed for them.
+
+    What takes their place is cheap: nothing, a constant, the first token's value or the token's
+    own (:data:`eyechart.results.REPLACEMENTS`). Attention itself cannot be measured under this
+    lens, because these heads have none; streams and logits can. Generation works without a cache
+    of keys (``use_past_kv_cache=False``).
+
+    Args:
+        census: Which heads, and the constants that replace them.
+        model: The model; by default the open one that the census was made on.
+        heads: As ``(layer, head, replacement)``, such as ``census.no_ops()``; by default the set
+            that the census found can go together.
+
+    Raises:
+        UsageError: the census is of another model, or none that fits it is open; a head is not
+            there or its replacement unknown.
+        UnsupportedModelError: attention of this model is not computed where it could be changed.
+    """
+    if not isinstance(census, HeadCensus):
+        raise UsageError(
+            f"expected a HeadCensus, got {type(census).__name__}: skip_heads(census, model)"
+        )
+    model = _model_of(census, model)
+    if heads is None:
+        if census.together is None:
+            raise UsageError("this census has no set of heads that can go together; give heads=")
+        heads = census.together.heads
+    replaced = replacements(heads, census.trials.means)
+
+    def skip(layer: int, call: AttentionCall) -> None:
+        call.replaced |= replaced.get(layer, {})
+
+    with _seen_through(model, skip):
+        yield
+
+
+def _model_of(census: HeadCensus, model: "TransformerBridge | None") -> "TransformerBridge":
+    weights = census.provenance.weights
+    if model is not None:
+        if facts_of(model).weights != weights:
+            raise UsageError(
+                f"the census is of {census.provenance.model}, with other weights than "
+                f"{facts_of(model).name} has here: its heads are not these."
+            )
+        return model
+    found = opened_with(weights)
+    if len(found) != 1:
+        raise UsageError(
+            f"{len(found) or 'no'} open models have the weights that this census of "
+            f"{census.provenance.model} was made on; give the model: skip_heads(census, model)"
+        )
+    return found[0]
 
 
 @contextmanager

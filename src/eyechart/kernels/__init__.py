@@ -5,15 +5,18 @@ from eyechart.kernels.call import AttentionCall
 from eyechart.kernels.carry import carry
 from eyechart.kernels.definitions import Reducer, seers
 from eyechart.kernels.differentiable import differentiable
+from eyechart.kernels.replaced import Replacement, replacements
 from eyechart.kernels.streamed import blocks
 
 __all__ = [
     "AttentionCall",
     "Reducer",
+    "Replacement",
     "attend",
     "blocks",
     "carry",
     "differentiable",
     "kernel_for",
+    "replacements",
     "seers",
 ]

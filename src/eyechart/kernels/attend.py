@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from eyechart.errors import NonFiniteError
+from eyechart.errors import NonFiniteError, UsageError
 from eyechart.kernels import native
 from eyechart.kernels.call import AttentionCall
 from eyechart.kernels.definitions import Reducer
@@ -40,7 +40,10 @@ def attend(
 
     Raises:
         NonFiniteError: NaN or infinity among queries or keys.
+        UsageError: statistics of heads that are replaced.
     """
+    if call.replaced:
+        return _attend_the_rest(call, tokens, mask, bool(statistics or targets))
     _refuse_non_finite(call, mask)
     found: dict[str, Tensor] = {}
     run = kernel_for(call.q.device, accumulate, call.q.dtype).run
@@ -56,6 +59,28 @@ def attend(
     elif call.output is None:
         stream(call, accumulate)
     return found
+
+
+def _attend_the_rest(
+    call: AttentionCall,
+    tokens: Int[Tensor, "batch position"],
+    mask: Bool[Tensor, "batch position"],
+    measured: bool,
+) -> dict[str, Tensor]:
+    if measured:
+        raise UsageError(
+            "heads are skipped under a lens: they have no attention to measure. Measure attention "
+            "without the lens, or what becomes of the stream and the logits under it."
+        )
+
+    def mix(part: AttentionCall) -> Tensor:
+        attend(part, tokens, mask)
+        assert part.output is not None
+        return part.output
+
+    if call.output is None:
+        call.output = call.around_replaced(mix)
+    return {}
 
 
 def _refuse_non_finite(call: AttentionCall, mask: Bool[Tensor, "batch position"]) -> None:

@@ -14,6 +14,8 @@ from eyechart.kernels.trial import Kernel
 
 def differentiable(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
     """A layer's mixtures of values, with a way back that can be taken any number of times."""
+    if call.replaced:
+        return call.around_replaced(differentiable)
     kernel = kernel_for(call.q.device, torch.float32, call.q.dtype)
     learned = call.sinks is not None and call.sinks.requires_grad  # the kernel holds sinks fixed
     if kernel.run is None or kernel.pull is None or call.q.dtype != torch.float32 or learned:

@@ -75,6 +75,11 @@ def facts_of(model: "TransformerBridge") -> ModelFacts:
     return facts
 
 
+def opened_with(weights: str) -> list["TransformerBridge"]:
+    """Models in this process whose facts were asked for and that have these weights, by hash."""
+    return [model for model in _KNOWN if facts_of(model).weights == weights]
+
+
 def attention_layers(model: "TransformerBridge") -> tuple[int, ...]:
     """Blocks whose attention pattern can be hooked."""
     hooks = model.hook_dict

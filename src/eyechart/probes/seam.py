@@ -99,10 +99,10 @@ def _take_over(
         )
     # Entries of __dict__, because assignment to a component may reach into what it wraps. This is
     # the bridge's own plain forward: hook_in, the wrapped module, hook_out.
-    _set(undo, bridge, "forward", types.MethodType(AttentionBridge.forward, bridge))
+    set_entry(undo, bridge, "forward", types.MethodType(AttentionBridge.forward, bridge))
     own = copy.deepcopy(config)
     _name_attention(own, NAME)
-    _set(undo, module, "config", own)
+    set_entry(undo, module, "config", own)
     before = _RUNNING.get(module)
     _RUNNING[module] = (layer, handler)
     if before is None:
@@ -207,7 +207,7 @@ def _name_attention(config: PreTrainedConfig, name: str | None) -> None:
     config._attn_implementation = name
 
 
-def _set(undo: ExitStack, module: nn.Module, name: str, value: Any) -> None:
+def set_entry(undo: ExitStack, module: nn.Module, name: str, value: Any) -> None:
     """Set an entry of a module's own ``__dict__``, and have it put back."""
     missing = object()
     before = module.__dict__.get(name, missing)

@@ -12,26 +12,39 @@ from eyechart.results.base import Provenance, Result, head_name, open_result
 from eyechart.results.collapse import CollapseCurve
 from eyechart.results.exam import Exam
 from eyechart.results.flow import CHEAP, TRUTHS, InformationFlow
+from eyechart.results.head_names import KINDS, HeadNames
+from eyechart.results.head_set import HeadPrice, HeadSet
+from eyechart.results.head_trials import REPLACEMENTS, HeadTrials
+from eyechart.results.heads import HeadCensus
 from eyechart.results.residual import MassiveActivation, ResidualNorms
+from eyechart.results.rotary import RotaryUse
 from eyechart.results.sequences import Sequences
 from eyechart.results.sinks import SinkProfile
 
 __all__ = [
     "CHEAP",
+    "KINDS",
     "LEADERS",
     "MEASURED",
     "PATTERN_TOKENS",
+    "REPLACEMENTS",
     "STATISTICS",
     "TRUTHS",
     "AttentionPatterns",
     "AttentionStatistics",
     "CollapseCurve",
     "Exam",
+    "HeadCensus",
+    "HeadNames",
+    "HeadPrice",
+    "HeadSet",
+    "HeadTrials",
     "InformationFlow",
     "MassiveActivation",
     "Provenance",
     "ResidualNorms",
     "Result",
+    "RotaryUse",
     "Sequences",
     "SinkProfile",
     "head_name",

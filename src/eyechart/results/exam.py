@@ -8,12 +8,15 @@ from eyechart.results.attention import LEADERS, AttentionPatterns, AttentionStat
 from eyechart.results.base import Result, head_name
 from eyechart.results.collapse import CollapseCurve
 from eyechart.results.flow import InformationFlow
+from eyechart.results.heads import HeadCensus
 from eyechart.results.residual import ResidualNorms
 from eyechart.results.storage import storable
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+_NOTHING = (None, None, None, None)
 
 
 @storable
@@ -28,6 +31,7 @@ class Exam(Result):
         collapse: Distance of n and n + 1 repeated tokens.
         failures: What went wrong and what to do, by the name of the part that failed.
         flow: Where the last token's information comes from; None in exams of older versions.
+        heads: What each head looks at and is for; None where no census was asked for.
     """
 
     residual: ResidualNorms | None
@@ -36,19 +40,17 @@ class Exam(Result):
     collapse: CollapseCurve | None
     failures: dict[str, str] = field(default_factory=dict)
     flow: InformationFlow | None = None
+    heads: HeadCensus | None = None
 
     @classmethod
     def of_flow(cls, flow: InformationFlow) -> Self:
         """An exam of which nothing but the information flow was asked for."""
-        return cls(
-            sequences=flow.sequences,
-            provenance=flow.provenance,
-            residual=None,
-            attention=None,
-            patterns=None,
-            collapse=None,
-            flow=flow,
-        )
+        return cls(flow.sequences, flow.provenance, *_NOTHING, flow=flow)
+
+    @classmethod
+    def of_heads(cls, heads: HeadCensus) -> Self:
+        """An exam of which nothing but the census of heads was asked for."""
+        return cls(heads.sequences, heads.provenance, *_NOTHING, heads=heads)
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the printed summary, ready for JSON."""
@@ -83,6 +85,8 @@ class Exam(Result):
             }
         if self.flow is not None:
             said["information_flow"] = self.flow.summary()
+        if self.heads is not None:
+            said["heads"] = self.heads.summary()
         return said
 
     def to_frame(self) -> "pd.DataFrame":
@@ -99,7 +103,7 @@ class Exam(Result):
 
     def lines(self) -> tuple[str, ...]:
         """The lines of every part, and of every failure."""
-        parts = (self.attention, self.residual, self.collapse, self.flow)
+        parts = (self.attention, self.residual, self.collapse, self.flow, self.heads)
         said = [line for part in parts if part is not None for line in part.lines()]
         said += [f"{part} failed: {message}" for part, message in self.failures.items()]
         return tuple(said)

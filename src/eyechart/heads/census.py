@@ -1,0 +1,310 @@
+"""``eyechart.head_census``: every head named, tried and priced."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from eyechart.errors import EyechartError, UsageError
+from eyechart.heads.divergence import Reference
+from eyechart.heads.inputs import (
+    Texts,
+    by_domain,
+    following,
+    measured_positions,
+    prepared,
+    with_repeats,
+)
+from eyechart.heads.names import interval, named
+from eyechart.heads.onward import Onward, OutputsProbe
+from eyechart.heads.partial import Partial
+from eyechart.heads.price import price
+from eyechart.heads.rotary import rotary_use
+from eyechart.heads.together import Sets, shuffled
+from eyechart.heads.trials import in_units, trials
+from eyechart.kernels import replacements
+from eyechart.models import facts_of
+from eyechart.probes import Record, capture
+from eyechart.probes.plan import fusable
+from eyechart.probes.provenance import Meter
+from eyechart.results import HeadCensus, HeadSet, HeadTrials, Provenance, Sequences
+from eyechart.results.files import ensure_writable
+from eyechart.results.heads import STEPS
+from eyechart.texts import HELD_OUT, TEXTS, UNSEEN
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+BUDGET = 0.01
+JOINT_BUDGET = 0.05
+SHARE = 0.5
+TOKENS = 48
+POSITIONS = 12
+RANDOM_SETS = 5
+
+_PATTERN_BYTES = 2**21
+_PATTERN_TOKENS = 64
+
+
+def head_census(
+    model: "TransformerBridge",
+    inputs: Texts | None = None,
+    *,
+    held_out: Texts | None = None,
+    unseen: Texts | None = None,
+    budget: float = BUDGET,
+    joint_budget: float = JOINT_BUDGET,
+    share: float = SHARE,
+    tokens: int = TOKENS,
+    positions: int = POSITIONS,
+    screen: bool = True,
+    layers: Sequence[int] | None = None,
+    context: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    resume: str | os.PathLike[str] | None = None,
+    on_step: Callable[[str], object] = lambda step: None,
+) -> HeadCensus:
+    """Name every head, replace it to see what it is for, and say what it costs.
+
+    Args:
+        model: A TransformerBridge.
+        inputs: Texts on which heads are named, cut to the length of the shortest: anything that
+            :func:`eyechart.sequences.prepare` takes, or texts by domain,
+            ``{"prose": [...], "code": [...]}``. By default twelve short texts of six domains.
+        held_out: Texts on which heads are replaced. By default, where ``inputs`` is left out too,
+            twelve others and the beginnings of two of them said twice; else the same as ``inputs``,
+            which the provenance notes.
+        unseen: Texts on which the set of heads that can go together is measured once more. By
+            default six others where ``inputs`` is left out, else none.
+        budget: KL in nats of the next-token distribution under which a replaced head is a no-op;
+            0.01 is one per cent of perplexity.
+        joint_budget: KL that the heads which go together may cost.
+        share: Evidence from which a head is named; see :class:`eyechart.results.HeadNames`.
+        tokens: Held-out texts are cut to so many tokens.
+        positions: In each of them distributions are compared at so many positions, evenly spread.
+        screen: Try only replacements that can be expected to come near the budget; False tries all
+            on every head.
+        layers: Blocks whose heads are replaced; all by default. All heads are named in any case.
+        context: Tokens of the text on which attention is priced; by default 2,048, or what the
+            model sees if that is less.
+        prepend_bos: See :func:`eyechart.sequences.prepare`.
+        batch_size: Sequences a pass where texts are only read.
+        seed: Of random tokens, resampling, random sets and bootstraps.
+        resume: Folder for the trials of each finished layer. A census that was interrupted and is
+            asked for again with the same folder, model and arguments goes on where it was.
+        on_step: Called with the name of each step as it begins.
+
+    Returns:
+        The census. A part that this model does not allow is None, and ``unavailable`` says why.
+
+    Raises:
+        UsageError: an argument is out of range, or ``resume`` cannot be written to.
+        InputError: the inputs do not fit the model, or are too short.
+        CaptureError, NonFiniteError, UnsupportedModelError: as :func:`eyechart.capture`.
+    """
+    for name, value in (("budget", budget), ("joint_budget", joint_budget)):
+        if not (value > 0 and math.isfinite(value)):
+            raise UsageError(f"{name} must be positive, in nats of KL; got {value}")
+    if not 0 < share < 1:
+        raise UsageError(f"share must be between 0 and 1, got {share}")
+    if tokens < 8 or positions < 1:
+        raise UsageError(f"tokens must be at least 8, positions 1; got {tokens} and {positions}")
+    folder = None if resume is None else ensure_writable(resume)
+    facts = facts_of(model)
+    built_in = inputs is None and held_out is None
+    if inputs is None:
+        inputs, name = by_domain(TEXTS), "built-in texts"
+        held_out = by_domain(HELD_OUT) if held_out is None else held_out
+        unseen = by_domain(UNSEEN) if unseen is None else unseen
+    else:
+        name = "prompt"
+    same = held_out is None
+    if context is not None and (context < 1 or context > (facts.n_ctx or context)):
+        raise UsageError(f"context={context}, but {facts.name} sees 1 to {facts.n_ctx} tokens")
+    if layers is not None and (absent := set(layers) - set(facts.attention_layers)):
+        raise UsageError(
+            f"layers {sorted(absent)} have no attention in {facts.name}; there are "
+            f"{list(facts.attention_layers)}"
+        )
+    texts, domains = prepared(model, inputs, prepend_bos, name)
+    tried, tried_domains = prepared(
+        model, inputs if same else held_out, prepend_bos, "held-out texts"
+    )
+    tried = tried.first_tokens(tokens)
+    if built_in:
+        tried, tried_domains = with_repeats(model, tried, tried_domains)
+    last = None if unseen is None else prepared(model, unseen, prepend_bos, "unseen texts")[0]
+    at = measured_positions(tried.tokens.shape[1], positions)
+    partial = Partial(
+        folder,
+        {
+            "weights": facts.weights,
+            "texts": texts.digest,
+            "held out": tried.digest,
+            "positions": at,
+            "budget": budget if screen else None,
+            "share": share,
+            "seed": seed,
+            "dtype": str(facts.dtype),
+        },
+    )
+    unavailable: dict[str, str] = {}
+    meter = Meter(facts.device)
+    with meter:
+        on_step("names")
+        names, sources = named(model, texts, domains, share, batch_size, seed)
+        on_step("rotary frequencies")
+        rotary, why, read = rotary_use(model, texts, batch_size)
+        if why:
+            unavailable["rotary"] = why
+        unfused = fusable(model, facts, ())[1]
+        (known,) = capture(model, texts, [OutputsProbe(sorted(unfused))], batch_size=batch_size)
+        onward = Onward(model, tried, at, batch_size)
+        reference = Reference(onward.reference, following(tried, at))
+        found = trials(
+            onward,
+            reference,
+            names,
+            known,
+            tried_domains,
+            at,
+            budget,
+            screen,
+            layers,
+            partial,
+            seed,
+            on_step,
+        )
+        onward_unseen = None
+        if last is not None:
+            last = last.first_tokens(tokens)
+            onward_unseen = Onward(
+                model, last, measured_positions(last.tokens.shape[1], positions), batch_size
+            )
+        together = _together(
+            onward, reference, found, onward_unseen, budget, joint_budget, seed, on_step
+        )
+        priced = None
+        on_step("price")
+        length = min(2048, facts.n_ctx or 2048) if context is None else context
+        try:
+            priced = price(model, replacements(together.heads, found.means), length)
+        except EyechartError as problem:
+            unavailable["price"] = str(problem)
+        patterns = None
+        try:
+            patterns = _patterns(model, texts)
+        except EyechartError as problem:
+            unavailable["patterns"] = str(problem)
+    partial.clear()
+    sources = (*sources, *read, known.provenance, onward.outputs.provenance)
+    source = Provenance.together(sources, texts.digest, seed)
+    notes = [*source.notes]
+    if same:
+        notes.append("heads were tried on the texts that named them; held_out= gives others")
+    if not onward.shares:
+        notes.append("every trial began at the embedding: blocks hand on more than the stream")
+    source = dataclasses.replace(
+        source,
+        wall_seconds=round(meter.seconds, 4),
+        peak_bytes=meter.peak_bytes,
+        forward_passes=source.forward_passes + onward.runs,
+        notes=tuple(notes),
+    )
+    return HeadCensus(
+        sequences=texts,
+        provenance=source,
+        names=names,
+        trials=found,
+        budget=budget,
+        rotary=rotary,
+        together=together,
+        price=priced,
+        patterns=patterns,
+        unavailable=unavailable,
+    )
+
+
+def _together(
+    onward: Onward,
+    reference: Reference,
+    found: HeadTrials,
+    unseen: Onward | None,
+    budget: float,
+    joint_budget: float,
+    seed: int,
+    step: Callable[[str], object],
+) -> HeadSet:
+    """The largest set of no-ops under the joint budget, beside random sets."""
+    names, costs = found.cheapest()
+    verdicts = found.verdicts(budget)
+    everyone = sorted(
+        (float(costs[layer, head]), layer, head, name)
+        for layer, row in enumerate(names)
+        for head, name in enumerate(row)
+        if name
+    )
+    order = [(layer, head, name) for _, layer, head, name in everyone]
+    no_ops = [head for head in order if verdicts[head[0]][head[1]][0] == "no-op"]
+    sets = Sets(onward, reference, found.means)
+    chosen = sets.largest(no_ops, joint_budget, step)
+    kl, loss = sets.run(chosen)
+    units = len(found.units)
+    low, high = interval(in_units(kl[None], units)[0][:, None, None], seed)
+    random_kl, random_sizes = [], []
+    for index in range(RANDOM_SETS):
+        step(f"random sets: {index + 1} of {RANDOM_SETS}")
+        mixed = shuffled(order, seed + index)
+        random_kl.append(float(sets.run(mixed[: len(chosen)])[0].mean()))
+        random_sizes.append(sets.fitting(mixed, joint_budget))
+    fresh: dict[str, Tensor | None] = dict.fromkeys(("unseen_kl", "unseen_loss", "unseen_base"))
+    if unseen is not None:
+        at = unseen.positions
+        elsewhere = Reference(unseen.reference, following(unseen.texts, at))
+        moved = Sets(unseen, elsewhere, found.means).run(chosen)
+        fresh = {
+            "unseen_kl": moved[0].mean(dim=-1),
+            "unseen_loss": moved[1].mean(dim=-1),
+            "unseen_base": elsewhere.loss.mean(dim=-1),
+        }
+    return HeadSet(
+        budget=joint_budget,
+        heads=tuple(chosen),
+        path=tuple(sets.path),
+        kl=in_units(kl[None], units)[0],
+        loss=in_units(loss[None], units)[0],
+        low=float(low),
+        high=float(high),
+        apart=sum(float(costs[layer, head]) for layer, head, _ in chosen),
+        random_kl=tuple(random_kl),
+        random_sizes=tuple(random_sizes),
+        unseen=None if unseen is None else unseen.texts,
+        **fresh,
+    )
+
+
+def _patterns(model: "TransformerBridge", texts: Sequences) -> Tensor:
+    """Attention of every head on the first text, coarsely: for looking at."""
+    facts = facts_of(model)
+
+    def coarse(pattern: Tensor) -> Tensor:
+        return (pattern * STEPS).round().to(torch.uint8)
+
+    one = texts.rows(0, 1).first_tokens(_PATTERN_TOKENS)
+    (found,) = capture(model, one, [Record("pattern", coarse)])
+    some = next(iter(found.values()))
+    heads = facts.n_layers * max(pattern.shape[1] for pattern in found.values())
+    shown = min(some.shape[-1], max(8, math.isqrt(_PATTERN_BYTES // heads)))
+    blank = torch.zeros_like(some[0, :, :shown, :shown])
+    return torch.stack(
+        [
+            found[layer][0, :, :shown, :shown] if layer in found else blank
+            for layer in range(facts.n_layers)
+        ]
+    )
