@@ -442,6 +442,60 @@ def test_nan_made_by_a_trial_names_the_layer(tmp_path):
         onward.logits(1, {1: spoil})
 
 
+def test_what_fails_late_does_not_cost_the_rest(llama, monkeypatch):
+    def fail(*arguments):
+        raise NonFiniteError("a set of heads gave NaN")
+
+    monkeypatch.setattr("eyechart.heads.census.largest_set", fail)
+    monkeypatch.setattr("eyechart.heads.census.rotary_use", fail)
+    census = eyechart.head_census(llama, torch.randint(3, 250, (4, 16)))
+    assert census.together is None and census.rotary is None
+    assert census.unavailable == dict.fromkeys(("rotary", "together"), "a set of heads gave NaN")
+    assert census.price is not None and census.price.set_flops == 0
+    assert "together is missing: a set of heads gave NaN" in repr(census)
+
+
+def test_trials_that_do_not_fit_the_memory_are_run_in_smaller_batches(llama, monkeypatch):
+    ids, sizes = torch.randint(3, 250, (4, 16)), []
+    whole = eyechart.head_census(llama, ids)
+    run = Onward.logits
+
+    def small(self, layer, exchanges, copies=1):
+        if copies > 2:
+            raise torch.OutOfMemoryError("too much")
+        sizes.append(copies)
+        return run(self, layer, exchanges, copies)
+
+    monkeypatch.setattr(Onward, "logits", small)
+    census = eyechart.head_census(llama, ids)
+    assert max(sizes) == 2
+    for name, found in census.trials.kl.items():
+        torch.testing.assert_close(
+            found, whole.trials.kl[name], atol=1e-7, rtol=1e-3, equal_nan=True
+        )
+
+
+def test_the_search_for_sets_can_be_left_out(llama):
+    census = eyechart.head_census(llama, torch.randint(3, 250, (4, 16)), joint_budget=None)
+    assert census.together is None and "together" not in census.unavailable
+    assert census.price is not None and census.price.set_flops == 0
+    assert "at once" not in repr(census)
+    with (
+        pytest.raises(UsageError, match="no set of heads"),
+        eyechart.lenses.skip_heads(census, llama),
+    ):
+        pass
+
+
+def test_nothing_is_resumed_under_a_lens(llama, tmp_path):
+    ids = torch.randint(3, 250, (4, 16))
+    with (
+        eyechart.lenses.evict(llama, keys=1, after=2),
+        pytest.raises(UsageError, match="under a lens"),
+    ):
+        eyechart.head_census(llama, ids, resume=tmp_path)
+
+
 def test_few_texts_are_cut_into_blocks_for_the_bootstrap(llama):
     ids = torch.randint(3, 250, (1, 40))
     census = eyechart.head_census(llama, ids, screen=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+import eyechart
 from eyechart.errors import EyechartError, UsageError
 from eyechart.heads.divergence import Reference
 from eyechart.heads.inputs import (
@@ -19,19 +20,20 @@ from eyechart.heads.inputs import (
     prepared,
     with_repeats,
 )
-from eyechart.heads.names import interval, named
+from eyechart.heads.names import named
 from eyechart.heads.onward import Onward, OutputsProbe
 from eyechart.heads.partial import Partial
 from eyechart.heads.price import price
 from eyechart.heads.rotary import rotary_use
-from eyechart.heads.together import Sets, shuffled
-from eyechart.heads.trials import in_units, trials
+from eyechart.heads.together import largest_set
+from eyechart.heads.trials import trials
 from eyechart.kernels import replacements
 from eyechart.models import facts_of
 from eyechart.probes import Record, capture
 from eyechart.probes.plan import fusable
 from eyechart.probes.provenance import Meter
-from eyechart.results import HeadCensus, HeadSet, HeadTrials, Provenance, Sequences
+from eyechart.probes.seam import edits_of
+from eyechart.results import HeadCensus, Provenance, Sequences
 from eyechart.results.files import ensure_writable
 from eyechart.results.heads import STEPS
 from eyechart.texts import HELD_OUT, TEXTS, UNSEEN
@@ -44,7 +46,6 @@ JOINT_BUDGET = 0.05
 SHARE = 0.5
 TOKENS = 48
 POSITIONS = 12
-RANDOM_SETS = 5
 
 _PATTERN_BYTES = 2**21
 _PATTERN_TOKENS = 64
@@ -57,7 +58,7 @@ def head_census(
     held_out: Texts | None = None,
     unseen: Texts | None = None,
     budget: float = BUDGET,
-    joint_budget: float = JOINT_BUDGET,
+    joint_budget: float | None = JOINT_BUDGET,
     share: float = SHARE,
     tokens: int = TOKENS,
     positions: int = POSITIONS,
@@ -84,7 +85,8 @@ def head_census(
             default six others where ``inputs`` is left out, else none.
         budget: KL in nats of the next-token distribution under which a replaced head is a no-op;
             0.01 is one per cent of perplexity.
-        joint_budget: KL that the heads which go together may cost.
+        joint_budget: KL that the heads which go together may cost; None leaves out the search for
+            them.
         share: Evidence from which a head is named; see :class:`eyechart.results.HeadNames`.
         tokens: Held-out texts are cut to so many tokens.
         positions: In each of them distributions are compared at so many positions, evenly spread.
@@ -108,15 +110,11 @@ def head_census(
         InputError: the inputs do not fit the model, or are too short.
         CaptureError, NonFiniteError, UnsupportedModelError: as :func:`eyechart.capture`.
     """
-    for name, value in (("budget", budget), ("joint_budget", joint_budget)):
-        if not (value > 0 and math.isfinite(value)):
-            raise UsageError(f"{name} must be positive, in nats of KL; got {value}")
-    if not 0 < share < 1:
-        raise UsageError(f"share must be between 0 and 1, got {share}")
-    if tokens < 8 or positions < 1:
-        raise UsageError(f"tokens must be at least 8, positions 1; got {tokens} and {positions}")
-    folder = None if resume is None else ensure_writable(resume)
+    _check_numbers(budget, joint_budget, share, tokens, positions)
     facts = facts_of(model)
+    if resume is not None and edits_of(model):
+        raise UsageError("under a lens nothing can be resumed: leave resume= out")
+    folder = None if resume is None else ensure_writable(resume)
     built_in = inputs is None and held_out is None
     if inputs is None:
         inputs, name = by_domain(TEXTS), "built-in texts"
@@ -139,11 +137,14 @@ def head_census(
     tried = tried.first_tokens(tokens)
     if built_in:
         tried, tried_domains = with_repeats(model, tried, tried_domains)
-    last = None if unseen is None else prepared(model, unseen, prepend_bos, "unseen texts")[0]
-    at = measured_positions(tried.tokens.shape[1], positions)
+    last = None
+    if unseen is not None:
+        last = prepared(model, unseen, prepend_bos, "unseen texts")[0].first_tokens(tokens)
+    at = _at(tried, positions)
     partial = Partial(
         folder,
         {
+            "eyechart": eyechart.__version__,
             "weights": facts.weights,
             "texts": texts.digest,
             "held out": tried.digest,
@@ -160,7 +161,11 @@ def head_census(
         on_step("names")
         names, sources = named(model, texts, domains, share, batch_size, seed)
         on_step("rotary frequencies")
-        rotary, why, read = rotary_use(model, texts, batch_size)
+        rotary, read = None, ()
+        try:
+            rotary, why, read = rotary_use(model, texts, batch_size)
+        except EyechartError as problem:
+            why = str(problem)
         if why:
             unavailable["rotary"] = why
         unfused = fusable(model, facts, ())[1]
@@ -181,27 +186,27 @@ def head_census(
             seed,
             on_step,
         )
-        onward_unseen = None
-        if last is not None:
-            last = last.first_tokens(tokens)
-            onward_unseen = Onward(
-                model, last, measured_positions(last.tokens.shape[1], positions), batch_size
-            )
-        together = _together(
-            onward, reference, found, onward_unseen, budget, joint_budget, seed, on_step
-        )
-        priced = None
+        together = priced = patterns = None
+        # What is found so far is not lost if the rest fails.
+        try:
+            if joint_budget is not None:
+                elsewhere = last and Onward(model, last, _at(last, positions), batch_size)
+                together = largest_set(
+                    onward, reference, found, elsewhere, budget, joint_budget, seed, on_step
+                )
+        except (EyechartError, RuntimeError, MemoryError) as problem:
+            unavailable["together"] = str(problem) or type(problem).__name__
         on_step("price")
         length = min(2048, facts.n_ctx or 2048) if context is None else context
         try:
-            priced = price(model, replacements(together.heads, found.means), length)
-        except EyechartError as problem:
-            unavailable["price"] = str(problem)
-        patterns = None
+            chosen = () if together is None else together.heads
+            priced = price(model, replacements(chosen, found.means), length)
+        except (EyechartError, RuntimeError, MemoryError) as problem:
+            unavailable["price"] = str(problem) or type(problem).__name__
         try:
             patterns = _patterns(model, texts)
-        except EyechartError as problem:
-            unavailable["patterns"] = str(problem)
+        except (EyechartError, RuntimeError, MemoryError) as problem:
+            unavailable["patterns"] = str(problem) or type(problem).__name__
     partial.clear()
     sources = (*sources, *read, known.provenance, onward.outputs.provenance)
     source = Provenance.together(sources, texts.digest, seed)
@@ -231,62 +236,20 @@ def head_census(
     )
 
 
-def _together(
-    onward: Onward,
-    reference: Reference,
-    found: HeadTrials,
-    unseen: Onward | None,
-    budget: float,
-    joint_budget: float,
-    seed: int,
-    step: Callable[[str], object],
-) -> HeadSet:
-    """The largest set of no-ops under the joint budget, beside random sets."""
-    names, costs = found.cheapest()
-    verdicts = found.verdicts(budget)
-    everyone = sorted(
-        (float(costs[layer, head]), layer, head, name)
-        for layer, row in enumerate(names)
-        for head, name in enumerate(row)
-        if name
-    )
-    order = [(layer, head, name) for _, layer, head, name in everyone]
-    no_ops = [head for head in order if verdicts[head[0]][head[1]][0] == "no-op"]
-    sets = Sets(onward, reference, found.means)
-    chosen = sets.largest(no_ops, joint_budget, step)
-    kl, loss = sets.run(chosen)
-    units = len(found.units)
-    low, high = interval(in_units(kl[None], units)[0][:, None, None], seed)
-    random_kl, random_sizes = [], []
-    for index in range(RANDOM_SETS):
-        step(f"random sets: {index + 1} of {RANDOM_SETS}")
-        mixed = shuffled(order, seed + index)
-        random_kl.append(float(sets.run(mixed[: len(chosen)])[0].mean()))
-        random_sizes.append(sets.fitting(mixed, joint_budget))
-    fresh: dict[str, Tensor | None] = dict.fromkeys(("unseen_kl", "unseen_loss", "unseen_base"))
-    if unseen is not None:
-        at = unseen.positions
-        elsewhere = Reference(unseen.reference, following(unseen.texts, at))
-        moved = Sets(unseen, elsewhere, found.means).run(chosen)
-        fresh = {
-            "unseen_kl": moved[0].mean(dim=-1),
-            "unseen_loss": moved[1].mean(dim=-1),
-            "unseen_base": elsewhere.loss.mean(dim=-1),
-        }
-    return HeadSet(
-        budget=joint_budget,
-        heads=tuple(chosen),
-        path=tuple(sets.path),
-        kl=in_units(kl[None], units)[0],
-        loss=in_units(loss[None], units)[0],
-        low=float(low),
-        high=float(high),
-        apart=sum(float(costs[layer, head]) for layer, head, _ in chosen),
-        random_kl=tuple(random_kl),
-        random_sizes=tuple(random_sizes),
-        unseen=None if unseen is None else unseen.texts,
-        **fresh,
-    )
+def _at(texts: Sequences, count: int) -> tuple[int, ...]:
+    return measured_positions(texts.tokens.shape[1], count)
+
+
+def _check_numbers(
+    budget: float, joint_budget: float | None, share: float, tokens: int, positions: int
+) -> None:
+    for name, value in (("budget", budget), ("joint_budget", joint_budget)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UsageError(f"{name} must be positive, in nats of KL; got {value}")
+    if not 0 < share < 1:
+        raise UsageError(f"share must be between 0 and 1, got {share}")
+    if tokens < 8 or positions < 1:
+        raise UsageError(f"tokens must be at least 8, positions 1; got {tokens} and {positions}")
 
 
 def _patterns(model: "TransformerBridge", texts: Sequences) -> Tensor:

@@ -8,14 +8,89 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eyechart.heads.divergence import Reference
+from eyechart.heads.inputs import following
+from eyechart.heads.names import interval
 from eyechart.heads.onward import Exchange, Onward
+from eyechart.heads.trials import in_units
 from eyechart.kernels import Replacement, replacements
+from eyechart.results import HeadSet, HeadTrials
 
 Choice = tuple[int, int, str]
 """A head, as layer and number, and what takes its place."""
 
+RANDOM_SETS = 5
+
 REFUSALS = 8
 """Single heads in a row that do not fit before the search ends."""
+
+
+def largest_set(
+    onward: Onward,
+    reference: Reference,
+    found: HeadTrials,
+    unseen: Onward | None,
+    budget: float,
+    joint_budget: float,
+    seed: int,
+    step: Callable[[str], object],
+) -> HeadSet:
+    """The largest set of no-ops under the joint budget, beside random sets.
+
+    Args:
+        onward: The model on the held-out texts.
+        reference: What it says when nothing is replaced.
+        found: What each head costs by itself.
+        unseen: The model on texts that choose nothing, if there are any.
+        budget: KL in nats of a no-op.
+        joint_budget: KL that the set may cost.
+        seed: Of the random sets and the bootstrap.
+        step: Told of every set.
+    """
+    names, costs = found.cheapest()
+    verdicts = found.verdicts(budget)
+    everyone = sorted(
+        (float(costs[layer, head]), layer, head, name)
+        for layer, row in enumerate(names)
+        for head, name in enumerate(row)
+        if name
+    )
+    order = [(layer, head, name) for _, layer, head, name in everyone]
+    no_ops = [head for head in order if verdicts[head[0]][head[1]][0] == "no-op"]
+    sets = Sets(onward, reference, found.means)
+    chosen = sets.largest(no_ops, joint_budget, step)
+    kl, loss = sets.run(chosen)
+    units = len(found.units)
+    low, high = interval(in_units(kl[None], units)[0][:, None, None], seed)
+    random_kl, random_sizes = [], []
+    for index in range(RANDOM_SETS):
+        step(f"random sets: {index + 1} of {RANDOM_SETS}")
+        mixed = shuffled(order, seed + index)
+        random_kl.append(float(sets.run(mixed[: len(chosen)])[0].mean()))
+        random_sizes.append(sets.fitting(mixed, joint_budget))
+    fresh: dict[str, Tensor | None] = dict.fromkeys(("unseen_kl", "unseen_loss", "unseen_base"))
+    if unseen is not None:
+        at = unseen.positions
+        elsewhere = Reference(unseen.reference, following(unseen.texts, at))
+        moved = Sets(unseen, elsewhere, found.means).run(chosen)
+        fresh = {
+            "unseen_kl": moved[0].mean(dim=-1),
+            "unseen_loss": moved[1].mean(dim=-1),
+            "unseen_base": elsewhere.loss.mean(dim=-1),
+        }
+    return HeadSet(
+        budget=joint_budget,
+        heads=tuple(chosen),
+        path=tuple(sets.path),
+        kl=in_units(kl[None], units)[0],
+        loss=in_units(loss[None], units)[0],
+        low=float(low),
+        high=float(high),
+        apart=sum(float(costs[layer, head]) for layer, head, _ in chosen),
+        random_kl=tuple(random_kl),
+        random_sizes=tuple(random_sizes),
+        unseen=None if unseen is None else unseen.texts,
+        **fresh,
+    )
 
 
 @dataclass

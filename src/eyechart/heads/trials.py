@@ -12,6 +12,7 @@ from eyechart.heads.names import interval
 from eyechart.heads.onward import HeadOutputs, Onward
 from eyechart.heads.partial import Partial
 from eyechart.kernels import Replacement
+from eyechart.probes.capture import is_out_of_memory
 from eyechart.results import HeadTrials
 from eyechart.results.head_trials import cheap_enough
 
@@ -169,20 +170,31 @@ class _OfLayer:
         return self.values is not None or name not in ("first", "identity")
 
     def run(self, tried: list[Trial]) -> None:
-        """Run trials, as many at once as make a batch."""
+        """Run trials, as many at once as make a batch, or as fit the memory."""
         texts, length = self.mixed.shape[:2]
-        size = max(1, _TOKENS // (texts * length))
-        for begin in range(0, len(tried), size):
+        size, begin = max(1, _TOKENS // (texts * length)), 0
+        while begin < len(tried):
             batch = tried[begin : begin + size]
+            try:
+                self._run_at_once(batch)
+            except (RuntimeError, MemoryError) as problem:
+                if size == 1 or not is_out_of_memory(problem):
+                    raise
+                size //= 2
+            else:
+                begin += size
 
-            def put(mixed: Tensor, values: Tensor | None, batch: list[Trial] = batch) -> None:
-                for copy, (head, name) in enumerate(batch):
-                    rows = slice(copy * texts, (copy + 1) * texts)
-                    mixed[rows, :, head] = self.instead(head, name).to(mixed)
+    def _run_at_once(self, batch: list[Trial]) -> None:
+        texts = len(self.mixed)
 
-            logits = self.onward.logits(self.layer, {self.layer: put}, len(batch))
-            for kept, moved in zip((self.kl, self.loss), self.reference.moved(logits), strict=True):
-                kept.update(zip(batch, in_units(moved, self.units), strict=True))
+        def put(mixed: Tensor, values: Tensor | None) -> None:
+            for copy, (head, name) in enumerate(batch):
+                rows = slice(copy * texts, (copy + 1) * texts)
+                mixed[rows, :, head] = self.instead(head, name).to(mixed)
+
+        logits = self.onward.logits(self.layer, {self.layer: put}, len(batch))
+        for kept, moved in zip((self.kl, self.loss), self.reference.moved(logits), strict=True):
+            kept.update(zip(batch, in_units(moved, self.units), strict=True))
 
     def instead(self, head: int, name: str) -> Float[Tensor, "text position d_value"]:
         """What a head writes in a trial."""

@@ -131,7 +131,7 @@ class _Runs:
                 self.counts.clear()
                 start = 0
             except (RuntimeError, MemoryError) as problem:
-                if size == 1 or not _is_out_of_memory(problem):
+                if size == 1 or not is_out_of_memory(problem):
                     raise
                 size = (size + 1) // 2
                 self.notes.append(f"out of memory: batch halved to {size} sequences")
@@ -172,7 +172,8 @@ class _Runs:
         self.fused -= layers
 
 
-def _is_out_of_memory(problem: BaseException) -> bool:
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether a smaller batch may help."""
     # The CPU's allocator has no exception of its own.
     return isinstance(problem, torch.OutOfMemoryError | MemoryError) or (
         "can't allocate memory" in str(problem)

@@ -206,7 +206,7 @@ class HeadCensus(Result):
                     f"; on unseen text the loss changes by {float(found.unseen_loss.mean()):+.3f}"
                 )
             said.append(line)
-        if self.price is not None:
+        if self.price is not None and self.together is not None:
             price = self.price
             share = price.set_flops / float(price.flops.nansum())
             said.append(
