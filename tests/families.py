@@ -301,9 +301,9 @@ def table() -> str:
         'their own: `backend="fused"` reads their pattern, and says so in the result and in one',
         "warning.",
         "",
-        f"`head_census` names and tries the heads of all {len(FAMILIES)}. Trials begin at their layer "
-        "in all but *openai-gpt*, where",
-        "they begin at the embedding. Rotary use, price and `lenses.skip_heads` need the fused path.",
+        f"`head_census` names and tries the heads of all {len(FAMILIES)}. Trials begin at their "
+        "layer, in *openai-gpt* at the",
+        "embedding. Rotary use, price and `lenses.skip_heads` need the fused path.",
         "",
         f"Of {len(FAMILIES) - len(FLOW_WITHOUT)} families `information_flow` gives every picture. "
         "The last column says what is",
