@@ -16,10 +16,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pandas as pd
 import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import eyechart
@@ -88,6 +91,46 @@ def require(flow: InformationFlow, *names: str) -> None:
     if missing := [name for name in names if getattr(flow, name) is None]:
         reasons = "; ".join(f"{name}: {flow.unavailable.get(name)}" for name in missing)
         raise UnsupportedModelError(f"the claim cannot be tested on this model: {reasons}")
+
+
+def kl_by_hooks(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "text position"],
+    layer: int,
+    head: int,
+    patterns: Mapping[str, Float[Tensor, "query key"]],
+) -> dict[str, Float[Tensor, "text position"]]:
+    """The plain way: KL at every position, in nats, of the model from itself with one head's
+    pattern exchanged in a TransformerLens hook. The whole model runs once for each pattern."""
+    site = f"blocks.{layer}.attn.hook_pattern"
+
+    def logits(pattern: Tensor | None) -> Tensor:
+        def exchange(found: Float[Tensor, "batch head query key"], hook: object) -> Tensor:
+            assert pattern is not None
+            found = found.clone()
+            found[:, head] = pattern.to(found)
+            return found
+
+        hooks: list[Any] = [] if pattern is None else [(site, exchange)]
+        with torch.no_grad():
+            return model.run_with_hooks(
+                tokens.to(model.cfg.device), fwd_hooks=hooks, return_type="logits"
+            )
+
+    original = logits(None)
+    return {name: divergence(original, logits(pattern)) for name, pattern in patterns.items()}
+
+
+def divergence(
+    original: Float[Tensor, "text position vocabulary"],
+    changed: Float[Tensor, "text position vocabulary"],
+) -> Float[Tensor, "text position"]:
+    """KL(original || changed) of the next-token distributions, in nats."""
+    rows = []
+    for before, after in zip(original, changed, strict=True):
+        truth = before.double().log_softmax(dim=-1)
+        rows.append((truth.exp() * (truth - after.double().log_softmax(dim=-1))).sum(dim=-1).cpu())
+    return torch.stack(rows)
 
 
 def line_a_text(

@@ -1,5 +1,6 @@
 """The command line: what a user sees, and the exit status a script sees."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,15 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from censuses import made_up_census
 from typer.testing import CliRunner
 
 import eyechart
 from eyechart.attention import AttentionProbe
 from eyechart.cli import app
+from eyechart.heads.partial import Partial
 from eyechart.models import CATALOGUE, DEFAULT_MODEL
-from eyechart.results import Exam, InformationFlow
+from eyechart.results import Exam, HeadCensus, InformationFlow
+from eyechart.results.storage import same
 
 TINY = "tiny-random-llama"
+TEXT = "Some text to look at, and to look at again."
 HOSTILE = "</script><img src=x onerror=alert(1)>[red]markup[/red]"
 
 
@@ -136,6 +141,124 @@ def test_flow_takes_the_built_in_text_and_the_default_model(out, monkeypatch):
     assert opened == ["handmade"] and found.sequences.name == "built-in prompt"
 
 
+def test_heads_prints_saves_and_reports(out, monkeypatch):
+    done = run("heads", TINY, "--prompt", TEXT, "--out", out, "--device", "cpu", "--seed", 3)
+    assert done.exit_code == 0, done.stderr
+    found = eyechart.open_result(out)
+    assert isinstance(found, HeadCensus) and found.provenance.seed == 3
+    assert "".join(found.sequences.labels[0][1:]) == TEXT
+    assert found.trials.texts.tokens.shape[1] == found.sequences.lengths[0]  # shorter than 48
+    for words in (
+        *(line[:40] for line in found.lines()[1:]),
+        *found.summary()["kinds"],
+        "8 heads are no-ops",
+        "written to",
+    ):
+        assert words in done.stdout
+    assert len(done.stdout.splitlines()) < 25 and done.stderr == ""
+    assert sorted(p.suffix for p in out.iterdir()) == [".html", ".json", ".safetensors"]
+    page = (out / "report.html").read_bytes()
+    assert b"What every head is for</h2>" in page and b"Every head</h2>" not in page
+    monkeypatch.setattr("eyechart.models.load", lambda *_, **__: pytest.fail("opened a model"))
+    (out / "report.html").unlink()
+    assert run("report", out).exit_code == 0
+    assert (out / "report.html").read_bytes() == page
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the command asks of a census, which is then one that no model made."""
+    found: dict = {}
+
+    def census(model, inputs, **options):
+        found.update(options, inputs=inputs, model=model.cfg.model_name)
+        options["on_step"]("names")
+        return made_up_census()
+
+    monkeypatch.setattr("eyechart.heads.head_census", census)
+    return found
+
+
+def test_heads_leaves_to_the_library_what_was_not_asked_for(out, asked):
+    assert run("heads", TINY, "--out", out).exit_code == 0
+    assert asked["inputs"] is None  # its own texts, not the built-in prompt
+    assert asked["screen"] and asked["resume"] == out / "unfinished" and asked["seed"] == 0
+    assert {"budget", "joint_budget", "tokens", "context"}.isdisjoint(asked)
+
+
+def test_heads_passes_on_what_was_asked_for(out, asked):
+    numbers = ["--budget", 0.02, "--joint-budget", 0.1, "--tokens", 32, "--context", 64]
+    flags = ["--all", "--no-resume", "--no-bos", "--seed", 7]
+    done = run("heads", TINY, "-", *numbers, *flags, "--out", out, stdin="Piped in")
+    assert done.exit_code == 0, done.stderr
+    assert callable(asked.pop("on_step")) and asked.pop("model")
+    assert asked == {
+        "inputs": "Piped in",
+        "budget": 0.02,
+        "joint_budget": 0.1,
+        "tokens": 32,
+        "context": 64,
+        "screen": False,
+        "prepend_bos": False,
+        "seed": 7,
+        "resume": None,
+    }
+
+
+def test_heads_need_not_look_for_a_set(out, asked):
+    assert run("heads", TINY, "--joint-budget", 0, "--out", out).exit_code == 0
+    assert asked["joint_budget"] is None
+
+
+def test_heads_tells_kinds_set_and_price(out, asked):
+    lines = run("heads", TINY, "--out", out).stdout.splitlines()
+    said = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in lines[:11])
+    assert said["prompt"].startswith("made-up texts, 4 × 10 tokens")
+    assert said["sink"] == "2: L3H0 L3H2" and said["induction"] == "1: L3H1"
+    assert said["census"].startswith("4 of 9 heads are no-ops")
+    rest = "\n".join(lines[11:])
+    for words in (
+        "3 heads can go at once for 0.030 nats (2.0 times as many as at random)",
+        "at 128 tokens they are 25% of the operations of attention",
+        "heads sleep on one domain and work on another",
+    ):
+        assert words in rest
+
+
+def test_heads_in_json_are_the_summary(out, asked):
+    said = json.loads(run("heads", TINY, "--out", out, "--json").stdout)
+    assert said["model"] == "made-up" and said["folder"] == str(out)
+    assert said["heads"] == made_up_census().summary()
+
+
+def test_an_interrupted_census_goes_on_where_it_was(out, tmp_path, monkeypatch):
+    arguments = ["heads", TINY, "--prompt", TEXT, "--device", "cpu", "--out"]
+    assert run(*arguments, tmp_path / "whole", "--no-resume").exit_code == 0
+    whole = eyechart.open_result(tmp_path / "whole")
+    keep = Partial.keep
+
+    def interrupted(self, layer, found):
+        keep(self, layer, found)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Partial, "keep", interrupted)
+    done = run(*arguments, out)
+    assert done.exit_code == 130 and "run it again to go on" in done.stderr
+    assert len(list((out / "unfinished").iterdir())) == 1 and not (out / "report.html").exists()
+    layers = []
+
+    def counted(self, layer, found):
+        layers.append(layer)
+        keep(self, layer, found)
+
+    monkeypatch.setattr(Partial, "keep", counted)
+    assert run(*arguments, out).exit_code == 0
+    assert len(layers) == 1  # of two
+    assert not (out / "unfinished").exists()
+    resumed = dataclasses.replace(eyechart.open_result(out).trials, passes=whole.trials.passes)
+    assert same(resumed, whole.trials)
+
+
 def test_report_is_made_again_from_the_data_alone(out, tmp_path, monkeypatch):
     assert run("exam", TINY, "--prompt", "abc", "--out", out).exit_code == 0
     first = (out / "report.html").read_bytes()
@@ -180,11 +303,15 @@ def test_models_lists_the_catalogue():
         (["flow", TINY, "--prompt", "abc", "--layer", "9"], 2, "layers 0 to 1"),
         (["flow", TINY, "--probes", "-1"], 2, "greater than or equal to 0"),
         (["flow", TINY, "--prompt", ""], 1, "the prompt is empty"),
+        (["heads", TINY, "--prompt", ""], 1, "the prompt is empty"),
+        (["heads", TINY, "--prompt", "abc"], 1, "give at least 8 tokens"),
+        (["heads", TINY, "--prompt", TEXT, "--budget", "0"], 2, "budget must be positive"),
+        (["heads", TINY, "--prompt", TEXT, "--tokens", "7"], 2, "tokens must be at least 8"),
         (["look"], 2, "No such command"),
     ],
 )
 def test_wrong_calls_end_with_a_message_and_a_status(arguments, status, message, out):
-    if arguments[0] in ("exam", "flow"):
+    if arguments[0] in ("exam", "flow", "heads"):
         arguments = [*arguments, "--out", out]
     done = run(*arguments, stdin="piped")
     assert done.exit_code == status, done.output

@@ -1,5 +1,6 @@
 """The report, looked at in a real browser: it draws, it is safe, it can be used without a mouse."""
 
+import base64
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from censuses import CHANGING, VERDICTS, made_up_census
 from flows import LABELS, made_up_flow
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -20,6 +22,7 @@ from eyechart.report.security import json_text, script_text
 from eyechart.results import (
     AttentionPatterns,
     Exam,
+    HeadCensus,
     InformationFlow,
     ResidualNorms,
     Sequences,
@@ -41,6 +44,7 @@ FIGURES = {
     "residual": ("residual",),
     "collapse": ("collapse",),
     "flow": ("flow", "map", "spread", "sinks"),
+    "heads": ("kinds", "costs", "together", "domains", "rotary"),
 }
 
 WATCH = """
@@ -157,8 +161,12 @@ OpenReport = Callable[..., Opened]
 def open_report(browser: Browser, tmp_path: Path) -> Iterator[OpenReport]:
     contexts = []
 
-    def opened(exam: Exam | InformationFlow, **options: Any) -> Opened:
-        path = write_report(exam, tmp_path / "report.html")
+    def opened(exam: Exam | InformationFlow | HeadCensus | str, **options: Any) -> Opened:
+        path = tmp_path / "report.html"
+        if isinstance(exam, str):
+            path.write_text(exam, encoding="utf-8")
+        else:
+            write_report(exam, path)
         context = browser.new_context(
             **{"offline": True, "viewport": {"width": 1280, "height": 900}, **options}
         )
@@ -465,12 +473,12 @@ def test_embedded_patterns_equal_the_result(exam: Exam) -> None:
             torch.testing.assert_close(shown, wanted, atol=5.1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("part", ["attention", "patterns", "residual", "collapse", "flow"])
+@pytest.mark.parametrize("part", ["attention", "patterns", "residual", "collapse", "flow", "heads"])
 def test_a_failed_part_is_told_in_its_place(exam: Exam, open_report: OpenReport, part: str) -> None:
-    section = {"attention": "heads", "patterns": "striking"}.get(part, part)
-    step = {"flow": "information flow"}.get(part, part)
+    section = {"attention": "heads", "patterns": "striking", "heads": "census"}.get(part, part)
+    step = {"flow": "information flow", "heads": "head census"}.get(part, part)
     failures = {step: "out of memory: choose a smaller batch"}
-    changes: dict[str, Any] = {part: None, "failures": failures}
+    changes: dict[str, Any] = {"heads": made_up_census(), part: None, "failures": failures}
     report = open_report(dataclasses.replace(exam, **changes))
     page = report.page
     assert "smaller batch" in page.inner_text(f"#{section} .failed")
@@ -624,6 +632,375 @@ def test_hostile_tokens_in_the_flow(open_report: OpenReport) -> None:
     report.is_clean()
 
 
+def test_a_census_alone_is_a_report_of_its_own(open_report: OpenReport) -> None:
+    report = open_report(made_up_census())
+    page = report.page
+    sections = page.eval_on_selector_all("main section", "all => all.map(s => s.id)")
+    assert sections == ["summary", "text", "census", "measured"]
+    assert page.locator("main .failed").count() == 0
+    for name in FIGURES["heads"]:
+        assert page.locator(f"#figure-{name} .main-svg").count() == 3
+    # One picture a kind, each in one colour.
+    assert page.locator("#figure-kinds .heatmaplayer image").count() == 8
+    assert page.locator("#figure-kinds .legendtext").all_text_contents()[:2] == [
+        "induction",
+        "duplicate-token",
+    ]
+    sources = page.inner_text("#measured ul")
+    assert "2410.06205" in sources and "2410.13835" in sources and "2402.17762" not in sources
+    report.is_clean()
+
+
+def test_the_section_on_heads_tells_the_result_s_numbers(open_report: OpenReport) -> None:
+    census = made_up_census()
+    page = open_report(census).page
+    tiles = page.locator("#summary .tile .big").all_inner_texts()
+    assert [re.sub(r"\s+", " ", tile) for tile in tiles] == ["4 of 9", "3 heads", "25%", "1"]
+    said = page.inner_text("#summary .tiles")
+    assert "each for less than 0.01 nats; 3 are active, of 2 it cannot be said" in said
+    assert "for 0.030 nats, 2.0 times as many" in said and "changes by -0.020" in said
+    assert "at 128 tokens; without them it takes 0.80 of its time" in said
+    clearest = page.locator(".clearest tbody tr").all_inner_texts()
+    assert [row.split("\t")[:3] for row in clearest][4] == ["sink", "2", "L3H2 0.95"]
+    kinds = {
+        row.locator("th").inner_text(): row.locator("td").all_inner_texts()
+        for row in page.locator(".kinds tbody tr").all()
+    }
+    assert {kind: cells[2].split() for kind, cells in kinds.items()} == census.summary()["kinds"]
+    assert kinds["local"][1] == "the 2 tokens up to the query"
+    facts = dict(row.split("\t") for row in page.locator("#census .facts tr").all_inner_texts())
+    assert facts["KL of the set, held-out texts"] == "0.03 nats (0.02 to 0.045)"
+    assert facts["KL of random sets of as many heads"] == "0.25, 0.5 nats"
+    assert facts["change of loss there"] == "-0.020 of 3.000"
+    assert facts["operations of attention at 128 tokens"] == "25.0% are the set's"
+    assert facts["keys and values that nobody else reads"] == "1 of 7.5 MiB"
+    assert facts["time of attention without the set"] == "0.4 s, 0.80 of 0.5 s"
+    assert facts["the set, cheapest heads first"] == "L3H2 L3H0 L0H2"
+    layer, head = CHANGING
+    changing = page.locator(".changing tbody tr").all_inner_texts()
+    assert [row.split("\t") for row in changing] == [
+        [f"L{layer}H{head}", "prose", "code", "0.30", "0.90"]
+    ]
+    assert "prose, 10 tokens" in page.inner_text("#text")
+
+
+def census_column(page: Page, index: int) -> list[str]:
+    rows = page.locator("#census-table tbody tr:visible")
+    return [row.locator("th, td").nth(index).inner_text() for row in rows.all()]
+
+
+def test_the_table_of_the_census_holds_every_head(open_report: OpenReport) -> None:
+    page = open_report(made_up_census()).page
+    rows = [row.split("\t") for row in page.locator("#census-table tbody tr").all_inner_texts()]
+    found = {row[0]: row[1:] for row in rows}
+    assert list(found) == [f"L{layer}H{head}" for layer in (0, 1, 3) for head in range(3)]
+    assert [row[1] for row in found.values()] == [v for line in VERDICTS for v in line if v]
+    assert found["L1H1"] == [
+        *("diagonal", "no-op", "0.050 0.040–0.060", "identity", "0.0040 0.0032–0.0048", ""),
+        *("0.79", "0.10", "0.80", "0.10", "0.10"),
+        *("it is a linear map of each token by itself", "4"),
+    ]
+    assert found["L0H2"][5:7] == ["yes", "–"]  # mixed heads have no evidence
+    assert (
+        page.locator("#census-table td")
+        .nth(7)
+        .evaluate("cell => getComputedStyle(cell).backgroundImage")
+        .startswith("linear-gradient")
+    )
+
+
+def test_the_census_sorts_by_any_column_from_the_keyboard(open_report: OpenReport) -> None:
+    report = open_report(made_up_census())
+    page = report.page
+    headers = page.locator("#census-table thead th")
+    names = [name.split()[0] for name in headers.all_inner_texts()]
+    page.get_by_role("button", name="zeroed").focus()
+    page.keyboard.press("Enter")
+    at = names.index("zeroed")
+    assert headers.nth(at).get_attribute("aria-sort") == "descending"
+    order = ["L3H1", "L1H0", "L0H0", "L1H1", "L0H1", "L3H0", "L1H2", "L0H2", "L3H2"]
+    assert census_column(page, 0) == order
+    page.keyboard.press("Space")
+    assert headers.nth(at).get_attribute("aria-sort") == "ascending"
+    assert census_column(page, 0) == order[::-1]
+    # Words go by the alphabet, missing values to the end, whichever way round.
+    kinds = sorted(census_column(page, 1))
+    headers.nth(1).locator("button").click()
+    assert census_column(page, 1) == kinds
+    assert headers.nth(at).get_attribute("aria-sort") == "none"
+    headers.nth(1).locator("button").click()
+    assert census_column(page, 1) == kinds[::-1]
+    for _ in range(2):
+        page.get_by_role("button", name="evidence").click()
+        assert census_column(page, 0)[-1] == "L0H2"
+    assert census_column(page, 0)[-2] == "L3H2"  # now ascending
+    for _ in range(2):
+        page.get_by_role("button", name="what it is then").click()
+        words = census_column(page, 12)
+        assert words[:4] != [""] * 4 and words[4:] == [""] * 5
+    headers.first.locator("button").click()
+    assert census_column(page, 0) == sorted(order)
+    report.is_clean()
+
+
+def test_the_census_filters_by_name_kind_and_verdict(open_report: OpenReport) -> None:
+    report = open_report(made_up_census())
+    page = report.page
+    kind, verdict = page.get_by_label("of kind"), page.get_by_label("with verdict")
+    name = page.locator("#census-controls input")
+    output = page.locator("#census-controls output")
+    verdict.select_option("no-op")
+    assert census_column(page, 0) == ["L0H2", "L1H1", "L3H0", "L3H2"]
+    assert output.inner_text() == "4 of 9 heads"
+    kind.focus()
+    page.keyboard.type("sink")
+    assert census_column(page, 0) == ["L3H0", "L3H2"]
+    name.fill(" l3h2 ")
+    assert census_column(page, 0) == ["L3H2"]
+    kind.select_option("local")
+    assert census_column(page, 0) == [] and output.inner_text() == "0 of 9 heads"
+    for control in (kind, verdict):
+        control.select_option("")
+    name.fill("L1")
+    assert census_column(page, 0) == ["L1H0", "L1H1", "L1H2"]
+    name.fill("")
+    assert output.inner_text() == "9 of 9 heads"
+    report.is_clean()
+
+
+def opened_head(page: Page) -> str:
+    """The head whose attention is drawn, and only that; empty columns of its picture fail."""
+    name = page.inner_text("#census-name").split(":")[0]
+    shown = page.locator("#census-view > div:visible")
+    assert shown.count() == 1
+    page.wait_for_function(
+        f"""() => {{
+          const canvas = document.querySelector("#census-view > div:not([hidden]) canvas");
+          return canvas && ({COLOURS})(canvas) > 2;
+        }}"""
+    )
+    pressed = page.locator('#census-table button[aria-pressed="true"]')
+    assert pressed.all_inner_texts() == [name]
+    return name
+
+
+def test_a_head_opens_by_mouse_keyboard_and_map(open_report: OpenReport) -> None:
+    report = open_report(made_up_census())
+    page = report.page
+    assert opened_head(page) == "L3H1"  # the clearest of the most telling kind
+    page.get_by_role("button", name="L0H1", exact=True).click()
+    assert opened_head(page) == "L0H1"
+    assert page.inner_text("#census-name") == "L0H1: local, depends"
+    # One stop of the tab key for all rows; arrows go on from there, past what is hidden.
+    page.get_by_label("with verdict").select_option("no-op")
+    page.get_by_role("button", name="operations").focus()
+    page.keyboard.press("Tab")
+    active = "document.activeElement.textContent"
+    assert page.evaluate(active) == "L0H2"  # the stop it had, L0H0, is hidden
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(active) == "L3H0"
+    page.keyboard.press("Enter")
+    assert opened_head(page) == "L3H0"
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowDown")  # there is none after the last
+    assert page.evaluate(active) == "L3H2"
+    page.keyboard.press("Space")
+    assert opened_head(page) == "L3H2"
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate(active) == "operations"
+    box = page.locator("#figure-kinds .heatmaplayer image").first.bounding_box()
+    page.locator("#figure-kinds").scroll_into_view_if_needed()
+    box = page.locator("#figure-kinds .nsewdrag").bounding_box()
+    assert box is not None
+    # Row 1 of 4 from below, column 0 of 3; beside the mark in its middle.
+    page.mouse.click(box["x"] + box["width"] / 12, box["y"] + box["height"] * 5 / 8)
+    assert opened_head(page) == "L1H0"
+    page.wait_for_function(
+        """() => {
+          const view = document.getElementById("census-view").getBoundingClientRect();
+          return view.top < innerHeight - 100;
+        }"""
+    )
+    report.is_clean()
+
+
+def test_the_head_that_opens_is_drawn_from_its_own_pattern(open_report: OpenReport) -> None:
+    """Head i of a layer looks at the token i back: the dark squares are on that diagonal."""
+    page = open_report(made_up_census()).page
+    for back in range(3):
+        page.get_by_role("button", name=f"L1H{back}", exact=True).click()
+        opened_head(page)
+        view = page.locator("#census-view > div:visible canvas")
+        dark = view.evaluate(
+            """(canvas) => {
+              const pixels = window.__pixels(canvas);
+              const dark = (x, y) => {
+                const at = 4 * (Math.round(y) * canvas.width + Math.round(x));
+                return pixels[at + 3] > 0 && pixels[at] < 60 && pixels[at + 2] > 120;
+              };
+              let [left, right, top, bottom] = [canvas.width, 0, canvas.height, 0];
+              for (let y = 0; y < canvas.height; y += 1) {
+                for (let x = 0; x < canvas.width; x += 1) {
+                  if (!dark(x, y)) continue;
+                  [left, right] = [Math.min(left, x), Math.max(right, x)];
+                  [top, bottom] = [Math.min(top, y), Math.max(bottom, y)];
+                }
+              }
+              return (right - left) / (bottom - top);
+            }"""
+        )
+        # From the first column to the one `back` before the last, over all ten rows.
+        assert dark == pytest.approx((10 - back) / 10, abs=0.03)
+
+
+def test_embedded_triangles_equal_the_result() -> None:
+    census = made_up_census()
+    assert census.patterns is not None
+    found = embedded(render(census))["census"]
+    size, packed = found["size"], base64.b64decode(found["packed"])
+    each = size * (size + 1) // 2
+    heads = [(layer, head) for layer in (0, 1, 3) for head in range(3)]
+    assert len(packed) == len(heads) * each and found["steps"] == 255 and size == 10
+    for index, at in enumerate(heads):
+        triangle = list(packed[index * each : (index + 1) * each])
+        wanted = census.patterns[at]
+        assert triangle == [int(wanted[q, k]) for q in range(size) for k in range(q + 1)]
+
+
+def test_heads_whose_pattern_is_cut_off_cannot_be_opened(open_report: OpenReport) -> None:
+    page = render(made_up_census())
+    packed = embedded(page)["census"]["packed"]
+    # Not even two heads of the nine are whole; and the one to open first is not among them.
+    cut = page.replace(packed, base64.b64encode(base64.b64decode(packed)[:100]).decode())
+    report = open_report(cut)
+    assert report.page.locator("#census-table tbody button").all_inner_texts() == ["L0H0"]
+    report.page.locator("#census-table tbody button").click()
+    assert opened_head(report.page) == "L0H0"
+    report.is_clean()
+
+
+def test_thousands_of_heads_stay_small_and_usable(open_report: OpenReport) -> None:
+    labels = tuple(f" word{index}" for index in range(64))
+    census = made_up_census(labels, tiles=(16, 21))
+    report = open_report(census)
+    page = report.page
+    assert report.path.stat().st_size < BIG
+    patterns = embedded(report.path.read_text(encoding="utf-8"))["census"]
+    assert 16 <= patterns["size"] < 64 and len(patterns["props"]["tokens"]) == patterns["size"]
+    assert f"The first {patterns['size']} of 64 tokens" in page.inner_text("#census .paper")
+    assert page.locator("#census-controls output").inner_text() == "3024 of 3024 heads"
+    page.locator("#census-controls input").fill("L63H62")
+    assert census_column(page, 0) == ["L63H62"]
+    page.get_by_role("button", name="L63H62").click()
+    assert opened_head(page) == "L63H62"
+    page.get_by_role("button", name="zeroed").click()
+    assert page.locator("#census-table tbody tr").first.inner_text().startswith("L3H1")
+    assert page.locator(".kinds details").count() == 8  # names by the hundred are folded
+    assert page.locator("#census-table tbody button[tabindex='0']").count() == 1
+    report.is_clean()
+
+
+def test_hostile_names_in_the_census(open_report: OpenReport) -> None:
+    labels = (*HOSTILE, "a", "b", "c", "d")
+    domains = (HOSTILE[0], HOSTILE[2], HOSTILE[3], HOSTILE[4])
+    census = made_up_census(
+        labels,
+        domains,
+        model=f"model {HOSTILE[0]}",
+        unavailable={"rotary": HOSTILE[1], HOSTILE[3]: HOSTILE[5]},
+        rotary=None,
+    )
+    report = open_report(census)
+    page = report.page
+    assert page.title() == f"Eye exam of model {HOSTILE[0]}"
+    shown = [
+        item.replace("\u2028", " ")
+        for item in page.locator("#census .missing li").all_inner_texts()
+    ]
+    assert shown[0] == f"How heads use rotary frequencies: {HOSTILE[1]}"
+    assert shown[1].startswith(f"{HOSTILE[3]}: &lt;i&gt;")
+    changing = page.locator(".changing tbody tr td").all_inner_texts()
+    assert changing[0] == HOSTILE[0] and changing[1] == ", ".join(domains[1:])
+    ticks = page.locator("#figure-domains .xaxislayer-above text").all_text_contents()
+    assert ticks == [*domains]
+    assert (
+        page.locator("#figure-domains :is(.xaxislayer-above a, .xaxislayer-above tspan)").count()
+        == 0
+    )
+    page.locator("#figure-domains .heatmaplayer image").scroll_into_view_if_needed()
+    box = page.locator("#figure-domains .nsewdrag").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 20, box["y"] + box["height"] / 2)
+    page.wait_for_selector("#figure-domains .hoverlayer .hovertext")
+    assert HOSTILE[0] in (page.locator("#figure-domains .hovertext").first.text_content() or "")
+    page.get_by_role("button", name="L0H0", exact=True).click()
+    assert opened_head(page) == "L0H0"
+    assert f"{HOSTILE[2]} (2)" in page.evaluate("[...window.__drawn]")
+    assert page.locator("main img, main a[href^=javascript], main b b").count() == 0
+    report.is_clean()
+
+
+def test_parts_of_a_census_that_are_not_there(open_report: OpenReport) -> None:
+    census = made_up_census(
+        domains=("text",) * 4,
+        rotary=None,
+        together=None,
+        price=None,
+        patterns=None,
+        unavailable={"patterns": "too long", "price": "code of its own"},
+    )
+    report = open_report(census)
+    page = report.page
+    drawn = page.eval_on_selector_all("#census .js-plotly-plot", "all => all.map(p => p.id)")
+    assert drawn == ["figure-kinds", "figure-costs"]
+    assert page.locator("#census .missing li").all_inner_texts() == [
+        "Attention of every head: too long",
+        "What attention costs: code of its own",
+    ]
+    assert page.locator("#summary .tile .big").count() == 1
+    assert page.locator("#census-table tbody button, #census-view").count() == 0
+    assert "Texts of one domain cannot show it" in page.inner_text("#census")
+    assert "opens" not in page.inner_text("#census")
+    scripts = page.eval_on_selector_all("script:not([type])", "all => all.map(s => s.text.length)")
+    assert len(scripts) == 2  # Plotly's and the page's own; nothing is there to draw attention
+    page.get_by_role("button", name="zeroed").click()  # sorting does not need the attention
+    assert census_column(page, 0)[0] == "L3H1"
+    report.is_clean()
+
+
+def test_a_price_without_a_set(open_report: OpenReport) -> None:
+    page = open_report(made_up_census(together=None)).page
+    assert page.locator("#census .facts tr").all_inner_texts() == [
+        "operations of attention at 128 tokens\t3e+07",
+        "keys and values\t7.5 MiB",
+        "time of attention\t0.5 s",
+        "time of the whole pass\t2 s",
+    ]
+    assert "Heads that can go together" not in page.locator("#census h3").all_inner_texts()
+    assert page.locator("#summary .tile .big").all_inner_texts()[1:] == ["1"]  # no part of a set
+
+
+def test_the_census_can_be_read_without_scripts(open_report: OpenReport) -> None:
+    report = open_report(made_up_census(), java_script_enabled=False)
+    page = report.page
+    assert "switched off here" in page.inner_text("noscript >> nth=0")
+    assert census_column(page, 0) == [f"L{layer}H{h}" for layer in (0, 1, 3) for h in range(3)]
+    assert census_column(page, 2) == [verdict for row in VERDICTS for verdict in row if verdict]
+    assert page.locator(".scripted:visible").count() == 0  # nothing that would do nothing
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_census_is_legible(open_report: OpenReport, scheme: str, width: int) -> None:
+    viewport = {"width": width, "height": 800}
+    report = open_report(made_up_census(), color_scheme=scheme, viewport=viewport)
+    least = report.page.evaluate(LEAST_CONTRAST)
+    assert least["ratio"] >= 4.5, least
+    assert report.page.evaluate("document.documentElement.scrollWidth") <= width
+    report.is_clean()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_legible_in_both_schemes(exam: Exam, open_report: OpenReport, scheme: str) -> None:
     report = open_report(exam, color_scheme=scheme)
@@ -662,9 +1039,10 @@ def test_two_sequences(llama: Any, open_report: OpenReport) -> None:
     report.is_clean()
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_the_same_result_gives_the_same_bytes(exam: Exam, tmp_path: Path, alone: bool) -> None:
-    result = made_up_flow() if alone else exam
+@pytest.mark.parametrize("kind", ["exam", "flow", "heads"])
+def test_the_same_result_gives_the_same_bytes(exam: Exam, tmp_path: Path, kind: str) -> None:
+    whole = dataclasses.replace(exam, heads=made_up_census())
+    result = {"exam": whole, "flow": made_up_flow(), "heads": made_up_census()}[kind]
     page = render(result)
     assert render(result) == page
     result.save(tmp_path / "result")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from censuses import made_up_census
 from flows import made_up_flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 import eyechart
 from eyechart.attention import PatternProbe
 from eyechart.errors import ResultError, UsageError
-from eyechart.results import AttentionStatistics, CollapseCurve
+from eyechart.results import AttentionStatistics, CollapseCurve, Exam
 from eyechart.results.figures import visible
 from eyechart.results.files import ensure_writable, write_text_whole
 
@@ -34,10 +36,12 @@ def results(llama):
         "patterns": patterns,
         "exam": eyechart.exam(llama, texts, lengths=(1, 4)),
         "flow": made_up_flow(unavailable={"alti": "</script>"}),
+        "heads": made_up_census(domains=("</script>", "a", "a", "b")),
+        "few heads": made_up_census(rotary=None, together=None, price=None, patterns=None),
     }
 
 
-KINDS = ("attention", "residual", "collapse", "patterns", "exam", "flow")
+KINDS = ("attention", "residual", "collapse", "patterns", "exam", "flow", "heads", "few heads")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,6 +63,60 @@ def test_an_exam_of_before_there_was_a_flow_opens(results, tmp_path):
     found = eyechart.open_result(tmp_path)
     assert found == dataclasses.replace(results["exam"], flow=None)
     assert "information_flow" not in found.summary()
+
+
+def test_an_exam_of_before_there_was_a_census_opens(results, tmp_path):
+    results["exam"].save(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    text = json.loads(manifest.read_text())
+    assert text["result"].pop("heads") is None
+    manifest.write_text(json.dumps(text))
+    found = eyechart.open_result(tmp_path)
+    assert found == results["exam"] and "heads" not in found.summary()
+
+
+def test_an_exam_carries_a_census(results, tmp_path):
+    census = results["heads"]
+    exam = Exam.of_heads(census)
+    assert eyechart.open_result(exam.save(tmp_path)).heads == census
+    assert exam.summary()["heads"] == census.summary() and exam.lines() == census.lines()
+
+
+def test_the_census_s_summary_is_plain_json():
+    census = made_up_census(unavailable={"rotary": "why"})
+    assert census.together is not None
+    never = dataclasses.replace(census.together, random_sizes=(0, 0), unseen_loss=None)
+    summary = dataclasses.replace(census, together=never).summary()
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["verdicts"] == {"no-op": 4, "active": 3, "depends": 2}
+    assert summary["no_ops"][1] == {"head": "L1H1", "replacement": "identity"}
+    assert summary["kinds"]["sink"] == ["L3H0", "L3H2"]
+    assert list(summary["kinds"])[-1] == "mixed"
+    assert summary["changing"] == [{"head": "L3H0", "dormant": "prose", "active": "code"}]
+    # No random head fits, so that there is no factor.
+    assert summary["together"]["factor"] is None and summary["together"]["unseen_loss"] is None
+    assert summary["together"]["heads"] == ["L3H2", "L3H0", "L0H2"]
+    assert summary["price"] == {"context": 128, "share": 0.25, "time": 0.8}
+    assert summary["unavailable"] == {"rotary": "why"}
+    few = made_up_census(together=None)  # a price of no set says nothing
+    assert {"together", "price"}.isdisjoint(few.summary())
+    assert not any("operations" in line for line in few.lines())
+
+
+def test_the_census_s_table_has_one_row_a_head():
+    frame = made_up_census().to_frame().set_index(["layer", "head"])
+    assert len(frame) == 9 and 2 not in frame.index.get_level_values("layer")
+    head = dict(frame.loc[(1, 1)])
+    assert (head["kind"], head["verdict"], head["replacement"]) == ("diagonal", "no-op", "identity")
+    costs = [head[name] for name in ("kl_identity", "kl_zero_high", "kl_first")]
+    assert costs == pytest.approx([0.004, 0.06, math.nan], nan_ok=True)  # the last was not tried
+    chosen = [at for at, row in frame.to_dict("index").items() if row["together"]]
+    assert chosen == [(0, 2), (3, 0), (3, 2)]
+
+
+def test_a_census_of_domains_that_nothing_tells_apart_finds_no_change():
+    census = made_up_census(domains=("text",) * 4)
+    assert len(census.changing()) == 0 and census.summary()["changing"] == []
 
 
 def test_the_flow_s_summary_is_plain_json():

@@ -20,7 +20,8 @@ from eyechart.errors import EyechartError, InputError, ResultError, UsageError
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-    from eyechart.results import Exam, InformationFlow
+    from eyechart.report import Shown
+    from eyechart.results import Exam, HeadCensus
 
 app = typer.Typer(
     name="eyechart",
@@ -32,6 +33,9 @@ app = typer.Typer(
 )
 
 DEFAULT_SHOWN = "smollm2-135m-instruct"
+
+_NAMED = 8
+"""Heads of a kind that are printed by name."""
 
 # What the commands that examine a model have in common.
 Model = Annotated[
@@ -186,6 +190,108 @@ def flow(
 
 
 @app.command()
+def heads(
+    model: Model = None,
+    stdin: Stdin = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="KL in nats under which a replaced head is a no-op.", show_default="0.01"
+        ),
+    ] = None,
+    joint_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="KL in nats that heads which go together may cost; 0 looks for none.",
+            show_default="0.05",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Length of the texts on which heads are replaced.", show_default="48"),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens at which attention is priced.", show_default="2048, or the model's"
+        ),
+    ] = None,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Try every replacement on every head; several times as long."),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            help="Keep finished layers in OUT/unfinished, so that an interrupted run goes on."
+        ),
+    ] = True,
+    out: Out = Path("heads"),
+    json_out: Json = False,
+    bos: Bos = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    seed: Annotated[
+        int, typer.Option(help="Of random tokens, resampling, random sets and bootstraps.")
+    ] = 0,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Name every head, replace it to see what it is for, say which can go: print, save, report.
+
+    Without a prompt it takes its own texts of several domains, which say more.
+    """
+    with _messages():
+        model, text = _asked(model, stdin, prompt, prompt_file)
+        from eyechart.heads import head_census
+        from eyechart.results import Exam
+        from eyechart.results.files import ensure_writable
+
+        ensure_writable(out)
+        unfinished = out / "unfinished"
+        given = {"budget": budget, "tokens": tokens, "context": context}
+        asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if joint_budget is not None:
+            asked["joint_budget"] = joint_budget or None
+        with _progress() as step:
+            bridge = _open(
+                step,
+                model,
+                device=device,
+                dtype=dtype,
+                device_map=device_map,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+            try:
+                result = head_census(
+                    bridge,
+                    text,
+                    **asked,
+                    screen=not everything,
+                    prepend_bos=bos,
+                    seed=seed,
+                    resume=unfinished if resume else None,
+                    on_step=step,
+                )
+            except KeyboardInterrupt:
+                if resume and unfinished.exists():
+                    _say(f"finished layers are kept in {str(unfinished)!r}; run it again to go on")
+                raise
+            finally:
+                with contextlib.suppress(OSError):  # not there, or layers are kept in it
+                    unfinished.rmdir()
+            step("writing the report")
+            folder = _keep(result, out)
+        _print_exam(Exam.of_heads(result), folder, json_out)
+        if folder != out:
+            raise typer.Exit(1)
+
+
+@app.command()
 def models(json_out: Json = False) -> None:
     """List the models that can be opened without a hub, and those already in the caches."""
     with _messages():
@@ -213,7 +319,7 @@ def models(json_out: Json = False) -> None:
 
 @app.command()
 def report(
-    result: Annotated[Path, typer.Argument(help="Folder of a saved exam or information flow.")],
+    result: Annotated[Path, typer.Argument(help="Folder of a saved exam, flow or census.")],
     out: Annotated[
         Path | None,
         typer.Option(help="File to write.", show_default="report.html beside the data"),
@@ -221,15 +327,15 @@ def report(
 ) -> None:
     """Write report.html again from saved data; runs no model."""
     with _messages():
-        from eyechart.report import write_report
-        from eyechart.results import Exam, InformationFlow, open_result
+        from eyechart.report import Shown, write_report
+        from eyechart.results import open_result
 
         target = out or (result if result.is_dir() else result.parent) / "report.html"
         found = open_result(result)
-        if not isinstance(found, Exam | InformationFlow):
+        if not isinstance(found, Shown):
             raise ResultError(
-                f"{str(result)!r} holds a {type(found).__name__}; a report shows an Exam or an "
-                "InformationFlow."
+                f"{str(result)!r} holds a {type(found).__name__}; a report shows an Exam, an "
+                "InformationFlow or a HeadCensus."
             )
         try:
             typer.echo(write_report(found, target))
@@ -299,7 +405,7 @@ def _prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> 
     return text
 
 
-def _keep(result: "Exam | InformationFlow", out: Path) -> Path:
+def _keep(result: "Shown", out: Path) -> Path:
     """Save data and report; if the folder fails after all, save elsewhere rather than lose them."""
     from eyechart.report import write_report
 
@@ -331,9 +437,13 @@ def _print_exam(result: "Exam", folder: Path, as_json: bool) -> None:
     table.add_column()
     source = result.provenance
     table.add_row("model", f"{escape(said['model'])}, {source.dtype} on {source.device}")
+    lengths = said["tokens"]
+    counted = ", ".join(map(str, lengths))
+    if len(lengths) > 2 and len(set(lengths)) == 1:
+        counted = f"{len(lengths)} × {lengths[0]}"
     table.add_row(
         "prompt",
-        f"{escape(result.sequences.name)}, {', '.join(map(str, said['tokens']))} tokens"
+        f"{escape(result.sequences.name)}, {counted} tokens"
         f"{', begin-of-sequence token in front' if result.sequences.prepend_bos else ''}",
     )
     if "sink_rate" in said:
@@ -356,10 +466,22 @@ def _print_exam(result: "Exam", folder: Path, as_json: bool) -> None:
     if result.flow is not None:
         for index, line in enumerate(result.flow.lines()):
             table.add_row("" if index else "information flow", escape(line))
+    if result.heads is not None:
+        for words, line in _said_of(result.heads):
+            table.add_row(words, escape(line))
     for part, message in result.failures.items():
         table.add_row("FAILED", escape(f"{part}: {message}"), style="red")
     table.add_row("written to", escape(f"{folder / 'report.html'}"))
     _stdout().print(table)
+
+
+def _said_of(census: "HeadCensus") -> Iterator[tuple[str, str]]:
+    """A few heads of each kind by name, and what else the census says."""
+    for kind, named in census.summary()["kinds"].items():
+        more = f", and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        yield kind, f"{len(named)}: {' '.join(named[:_NAMED])}{more}"
+    for index, line in enumerate(census.lines()[1:]):
+        yield "" if index else "census", line
 
 
 @contextlib.contextmanager

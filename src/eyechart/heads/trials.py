@@ -112,6 +112,7 @@ def trials(
         for name in TRIED:
             kl[name][:, layer], loss[name][:, layer] = found[f"kl {name}"], found[f"loss {name}"]
     ends = {name: interval(x, seed) for name, x in kl.items()}
+    loss_ends = {name: interval(x, seed) for name, x in loss.items()}
     return HeadTrials(
         texts=onward.texts,
         domains=domains,
@@ -121,6 +122,8 @@ def trials(
         loss=loss,
         low={name: low for name, (low, _) in ends.items()},
         high={name: high for name, (_, high) in ends.items()},
+        loss_low={name: low for name, (low, _) in loss_ends.items()},
+        loss_high={name: high for name, (_, high) in loss_ends.items()},
         missed=missed,
         means=means,
         floor=float(still.mean()),

@@ -16,6 +16,9 @@ FULL_COLOUR = 0.5
 STEPS = 10_000
 """Masses are embedded as whole numbers of this many steps: four decimals in a third of the size."""
 
+LOOK = {"maxValue": FULL_COLOUR, "positiveColor": "#1b4f9c"}
+"""Properties that all views of attention on the page have in common."""
+
 
 class AttentionView(NamedTuple):
     """The patterns of the first sequence, ready to be drawn.
@@ -48,11 +51,7 @@ def attention_view(patterns: AttentionPatterns) -> AttentionView:
     labels = patterns.sequences.labels[0][:PATTERN_TOKENS]
     shown = len(labels)
     return AttentionView(
-        props={
-            "tokens": [visible(label) for label in labels],
-            "maxValue": FULL_COLOUR,
-            "positiveColor": "#1b4f9c",
-        },
+        props={"tokens": [visible(label) for label in labels], **LOOK},
         heads=[
             [
                 [round(mass * STEPS) for mass in row[: query + 1]]

@@ -1,4 +1,4 @@
-"""Put an exam, or an information flow alone, on one page."""
+"""Put an exam, or an information flow or a census of heads alone, on one page."""
 
 import json
 from collections.abc import Callable
@@ -11,11 +11,13 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from eyechart.report.attention_view import FULL_COLOUR, STEPS, attention_view, scripts
+from eyechart.report.census_view import census_figures, census_view
 from eyechart.report.flow_view import flow_figures, flow_maps, flow_view
 from eyechart.report.provenance import per_part, shared
 from eyechart.report.security import content_policy, json_text, script_text
-from eyechart.results import STATISTICS, Exam, InformationFlow
+from eyechart.results import STATISTICS, Exam, HeadCensus, InformationFlow
 from eyechart.results.figures import residual_map, visible
+from eyechart.results.head_figures import FOLLOWING
 
 LONG_TEXT = 120
 """Texts with more tokens can be folded; all but the first are, so that the findings are near."""
@@ -24,6 +26,12 @@ MAP_TOKENS = 2048
 """Positions in the map of the residual stream; more would be below a pixel, and cost megabytes."""
 
 MASSIVE_ROWS = 10
+
+FOLDED_TEXTS = 3
+"""So many texts or more are folded too, however short."""
+
+Shown = Exam | InformationFlow | HeadCensus
+"""What a report can be made of."""
 
 
 class Section(NamedTuple):
@@ -47,26 +55,32 @@ SECTIONS = {
     "residual": Section("The residual stream", "residual", ("residual",)),
     "collapse": Section("Collapse", "collapse", ("collapse",)),
     "flow": Section("Where information comes from", "flow", ("information flow",)),
+    "census": Section("What every head is for", "heads", ("head census",)),
 }
 
 
-def render(result: Exam | InformationFlow) -> str:
+def render(result: Shown) -> str:
     """The result as one self-contained HTML page.
 
     The page needs no network and sends nothing anywhere; no token, name or message in the exam can
     run as script or become markup. The same result gives the same page, byte for byte.
     """
-    exam = result if isinstance(result, Exam) else Exam.of_flow(result)
+    exam = _as_exam(result)
     data = {
         "figures": _json(_figures(exam)),
         "maps": _json(flow_maps(exam.flow)) if exam.flow else {},
         "patterns": None,
+        "census": None,
     }
     view = None
     if exam.patterns is not None:
         view = attention_view(exam.patterns)
         data["patterns"] = {"props": view.props, "heads": view.heads, "steps": STEPS}
-    sources = [get_plotlyjs(), *(scripts() if view is not None else ()), _resource("report.js")]
+    census = exam.heads and census_view(exam.heads)
+    if census is not None:
+        data["census"] = census.patterns
+    attention = scripts() if data["patterns"] or data["census"] else ()
+    sources = [get_plotlyjs(), *attention, _resource("report.js")]
     inline = [script_text(source) for source in sources]
     return _template().render(
         exam=exam,
@@ -80,17 +94,35 @@ def render(result: Exam | InformationFlow) -> str:
         statistics=STATISTICS,
         view=view,
         flow=exam.flow and flow_view(exam.flow),
+        census=census,
+        domains=_domains(exam),
+        following=FOLLOWING,
         full_colour=FULL_COLOUR,
         massive=exam.residual.massive()[:MASSIVE_ROWS] if exam.residual else (),
         shared=shared(exam),
         per_part=per_part(exam),
         long_text=LONG_TEXT,
+        folded_texts=FOLDED_TEXTS,
         map_tokens=MAP_TOKENS,
         policy=content_policy(inline),
         style=Markup(_resource("report.css")),
         scripts=inline,
         data=json_text(data),
     )
+
+
+def _as_exam(result: Shown) -> Exam:
+    if isinstance(result, InformationFlow):
+        return Exam.of_flow(result)
+    return Exam.of_heads(result) if isinstance(result, HeadCensus) else result
+
+
+def _domains(exam: Exam) -> tuple[str, ...]:
+    """Of each text of the page, where it is the census that was taken on them."""
+    census = exam.heads
+    if census is None or census.sequences.digest != exam.sequences.digest:
+        return ()
+    return census.names.domains
 
 
 def _figures(exam: Exam) -> dict[str, go.Figure]:
@@ -101,6 +133,7 @@ def _figures(exam: Exam) -> dict[str, go.Figure]:
         and residual_map(residual.norm[0], residual.sequences.labels[0][:MAP_TOKENS]),
         "collapse": exam.collapse and exam.collapse.plot(),
         **(flow_figures(exam.flow) if exam.flow else {}),
+        **(census_figures(exam.heads) if exam.heads else {}),
     }
     return {name: figure for name, figure in found.items() if figure is not None}
 
@@ -117,7 +150,12 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: dict[str, Callable[..., Any]] = {"visible": visible, "number": _number, "span": _span}
+    filters: dict[str, Callable[..., Any]] = {
+        "visible": visible,
+        "number": _number,
+        "short": _short,
+        "span": _span,
+    }
     environment.filters.update(filters)
     return environment.get_template("template.html.j2")
 
@@ -129,6 +167,11 @@ def _resource(name: str) -> str:
 def _number(value: float, digits: int = 3) -> str:
     """Fixed decimals; a dash where there is no value (a layer without attention)."""
     return "–" if value != value else f"{value:.{digits}f}"
+
+
+def _short(value: float) -> str:
+    """Two significant digits; a dash where there is no value."""
+    return "–" if value != value else f"{value:#.2g}".rstrip(".")
 
 
 def _span(lengths: tuple[int, ...]) -> str:

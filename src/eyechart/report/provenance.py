@@ -8,6 +8,7 @@ _PARTS = {
     "residual": "residual stream",
     "collapse": "collapse",
     "flow": "information flow",
+    "heads": "census of heads",
 }
 
 

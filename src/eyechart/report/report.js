@@ -1,5 +1,5 @@
 "use strict";
-// Reads the page's data, draws the figures, and makes the table of heads sort and filter.
+// Reads the page's data, draws the figures, makes tables of heads sort and filter, and opens heads.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
 
@@ -8,35 +8,45 @@
     const body = table.tBodies[0];
     const original = [...body.rows];
     const headers = [...table.tHead.rows[0].cells];
-    const key = (row, column) =>
-      column === 0 ? original.indexOf(row) : parseFloat(row.cells[column].textContent);
+    const places = new Map(original.map((row, index) => [row, index]));
+    // What a row is sorted by; null where it has nothing to be sorted by.
+    const key = (row, column, words) => {
+      if (column === 0) return places.get(row);
+      const text = row.cells[column].textContent;
+      if (words) return text || null;
+      const number = parseFloat(text);
+      return Number.isNaN(number) ? null : number;
+    };
     headers.forEach((header, column) => {
+      const words = header.dataset.sort === "text";
       header.querySelector("button").addEventListener("click", () => {
-        // Large values first, except for the names; again turns the order round.
-        const first = column === 0 ? "ascending" : "descending";
-        const other = column === 0 ? "descending" : "ascending";
+        // Large values first, except for names and words; again turns the order round.
+        const [first, other] = column === 0 || words ? ["ascending", "descending"] : ["descending", "ascending"];
         const order = header.getAttribute("aria-sort") === first ? other : first;
         headers.forEach((cell) => cell.setAttribute("aria-sort", "none"));
         header.setAttribute("aria-sort", order);
         const sign = order === "ascending" ? 1 : -1;
-        const keyed = original.map((row) => [key(row, column), row]);
+        const keyed = original.map((row) => [key(row, column, words), row]);
         keyed.sort(([a], [b]) => {
-          if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);
-          return sign * (a - b);
+          if (a === null || b === null) return (a === null) - (b === null);
+          return sign * (a < b ? -1 : a > b);
         });
         body.append(...keyed.map(([, row]) => row));
       });
     });
-    const input = document.getElementById(table.dataset.filter);
-    const count = document.getElementById(table.dataset.count);
-    input.addEventListener("input", () => {
-      const wanted = input.value.trim().toLowerCase();
+    // A row is shown where every control lets it: text is looked for in the name, a choice must be
+    // the whole of its column.
+    const controls = document.getElementById(table.dataset.controls);
+    const wishes = [...controls.querySelectorAll("input, select")];
+    const fits = (row) =>
+      wishes.every(({ value, dataset }) => {
+        if (dataset.column) return !value || row.cells[dataset.column].textContent === value;
+        return row.cells[0].textContent.toLowerCase().includes(value.trim().toLowerCase());
+      });
+    controls.addEventListener("input", () => {
       let shown = 0;
-      for (const row of original) {
-        row.hidden = !row.cells[0].textContent.toLowerCase().includes(wanted);
-        shown += !row.hidden;
-      }
-      count.textContent = `${shown} of ${original.length} heads`;
+      for (const row of original) shown += !(row.hidden = !fits(row));
+      controls.querySelector("output").textContent = `${shown} of ${original.length} heads`;
     });
   }
 
@@ -58,32 +68,99 @@
     for (const place of plots) Plotly.relayout(place, { "font.color": ink() });
   });
 
-  // Attention patterns: small ones in the buttons, a large one of the head that is chosen. Large
-  // ones are drawn when first asked for and kept, because drawing one takes a moment.
+  // Attention patterns. Large views are drawn when first asked for and kept, because drawing one
+  // takes a moment. They grey out what no query can see, and so need the rows, which end at the
+  // query, made as long as one another.
+  const draw = (id, props) => CircuitsVis.render(id, CircuitsVis.AttentionPattern, props);
+  const square = (rows) => rows.map((row) => row.concat(Array(rows.length - row.length).fill(0)));
+  const viewer = (name, props, rowsOf) => (head, words) => {
+    const view = document.getElementById(`${name}-view`);
+    const id = `${name}-${head}`;
+    if (!document.getElementById(id)) {
+      view.append(Object.assign(document.createElement("div"), { id }));
+      draw(id, { ...props, attention: square(rowsOf(head)), zoomed: true });
+    }
+    for (const large of view.children) large.hidden = large.id !== id;
+    document.getElementById(`${name}-name`).textContent = words;
+  };
+
+  // Of the heads that stand out: small ones in the buttons, a large one of the one that is chosen.
   if (data.patterns) {
     const { props, steps } = data.patterns;
     const heads = data.patterns.heads.map((rows) => rows.map((row) => row.map((n) => n / steps)));
-    const draw = (id, more) =>
-      CircuitsVis.render(id, CircuitsVis.AttentionPattern, { ...props, ...more });
-    // Rows end at the query. The large view greys out what no query can see, and so needs it.
-    const square = (rows) =>
-      rows.map((row) => row.concat(Array(rows.length - row.length).fill(0)));
-    const view = document.getElementById("attention-view");
+    const open = viewer("attention", props, (head) => heads[head]);
     const buttons = [...document.querySelectorAll("button[data-head]")];
     const show = (head) => {
-      const id = `attention-${head}`;
-      if (!document.getElementById(id)) {
-        view.append(Object.assign(document.createElement("div"), { id }));
-        draw(id, { attention: square(heads[head]), zoomed: true });
-      }
-      for (const large of view.children) large.hidden = large.id !== id;
       buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(i === head)));
-      document.getElementById("attention-name").textContent = [...buttons[head].children].slice(1).map((part) => part.textContent).join(": ");
+      open(head, [...buttons[head].children].slice(1).map((part) => part.textContent).join(": "));
     };
     buttons.forEach((button, head) => {
-      draw(`thumb-${head}`, { attention: heads[head], showAxisLabels: false });
+      draw(`thumb-${head}`, { ...props, attention: heads[head], showAxisLabels: false });
       button.addEventListener("click", () => show(head));
     });
     show(0);
+  }
+
+  // Of every head of a census: lower triangles one after the other, in the order of the table.
+  if (data.census) {
+    const { props, size, steps, first } = data.census;
+    const packed = atob(data.census.packed);
+    const each = (size * (size + 1)) / 2;
+    const triangle = (head) =>
+      Array.from({ length: size }, (_, query) => {
+        const start = head * each + (query * (query + 1)) / 2;
+        return Array.from({ length: query + 1 }, (_, key) => packed.charCodeAt(start + key) / steps);
+      });
+    const open = viewer("census", props, triangle);
+    const table = document.getElementById("census-table");
+    table.classList.add("opens");
+    const body = table.tBodies[0];
+    // Only heads whose bytes are there can be opened.
+    const rows = [...body.rows].slice(0, Math.floor(packed.length / each));
+    const buttons = rows.map((row) => {
+      const button = Object.assign(document.createElement("button"), { type: "button", tabIndex: -1 });
+      button.append(...row.cells[0].childNodes);
+      row.cells[0].append(button);
+      return button;
+    });
+    const show = (head) => {
+      rows.forEach((row, i) => buttons[i].setAttribute("aria-pressed", String(i === head)));
+      const [name, kind, verdict] = [...rows[head].cells].map((cell) => cell.textContent);
+      open(head, `${name}: ${kind}, ${verdict || "not tried"}`);
+    };
+    const choose = (head) => {
+      if (head < 0) return;
+      show(head);
+      document.getElementById("census-view").parentElement.scrollIntoView({ block: "nearest" });
+    };
+    // One of the buttons is in the order of the tab key, and arrow keys go on from there: nobody
+    // should have to step through thousands.
+    const reach = (button) => {
+      for (const other of buttons) other.tabIndex = other === button ? 0 : -1;
+    };
+    const places = new Map(rows.map((row, index) => [row, index]));
+    const visible = () => [...body.rows].filter((row) => !row.hidden && places.has(row)).map((row) => buttons[places.get(row)]);
+    document.getElementById("census-controls").addEventListener("input", () => {
+      const shown = visible();
+      if (!shown.some((button) => button.tabIndex === 0)) reach(shown[0]);
+    });
+    body.addEventListener("click", (event) => choose(buttons.indexOf(event.target.closest("button"))));
+    body.addEventListener("keydown", (event) => {
+      const shown = visible();
+      const at = shown.indexOf(event.target);
+      const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: shown.length - 1 }[event.key];
+      if (at < 0 || !shown[to]) return;
+      event.preventDefault();
+      reach(shown[to]);
+      shown[to].focus();
+    });
+    const byName = new Map(rows.map((row, i) => [row.cells[0].textContent, i]));
+    document.getElementById("figure-kinds").on("plotly_click", ({ points }) => {
+      choose(byName.get(`L${points[0].y}H${points[0].x}`) ?? -1);
+    });
+    if (rows.length) {
+      reach(buttons[0]);
+      show(rows[first] ? first : 0);
+    }
   }
 })();

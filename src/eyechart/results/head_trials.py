@@ -44,6 +44,8 @@ class HeadTrials:
         loss: By replacement, ``[unit layer head]``.
         low: Lower end of the 95% interval of the mean KL, by replacement.
         high: Its upper end.
+        loss_low: Lower end of the 95% interval of the mean change of loss.
+        loss_high: Its upper end.
         missed: Share of the squared length of a head's output that a replacement misses, on the
             texts that named it; what the screen goes by.
         means: The constants of "mean", from the texts that named the heads.
@@ -60,6 +62,8 @@ class HeadTrials:
     loss: dict[str, Tensor]
     low: dict[str, Tensor]
     high: dict[str, Tensor]
+    loss_low: dict[str, Tensor]
+    loss_high: dict[str, Tensor]
     missed: dict[str, Tensor]
     means: Float[Tensor, "layer head d_value"]
     floor: float

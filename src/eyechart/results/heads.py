@@ -70,6 +70,32 @@ class HeadCensus(Result):
             if verdict == "no-op"
         )
 
+    def scores(self) -> "pd.DataFrame":
+        """Every score of every head: its mean and spread over texts, beside chance.
+
+        ``spread`` is the standard deviation over texts (NaN for one text); ``evidence`` what of
+        the mean chance does not explain, with its 95% interval; ``chance`` the score under uniform
+        attention; ``shuffled`` what shuffled keys would exceed once in a thousand.
+        """
+        import pandas as pd
+
+        rows = []
+        for name, texts in self.names.scores.items():
+            mean, spread = self.names.score(name), texts.std(dim=0)
+            columns = {
+                "mean": mean,
+                "spread": spread,
+                "evidence": self.names.evidence(name),
+                "low": self.names.low[name],
+                "high": self.names.high[name],
+                "shuffled": self.names.shuffled[name],
+            }
+            for layer, head in (~mean.isnan()).nonzero().tolist():
+                found = {each: float(x[layer, head]) for each, x in columns.items()}
+                where = {"layer": layer, "head": head, "score": name}
+                rows.append({**where, **found, "chance": self.names.chance[name]})
+        return pd.DataFrame(rows)
+
     def domains(self) -> "pd.DataFrame":
         """Every head on every domain: mass on the first token, status, and what zeroing it costs.
 
@@ -129,8 +155,9 @@ class HeadCensus(Result):
         """One row a head with attention.
 
         ``kind``; the scores; ``evidence`` for the kind with its interval; what each replacement
-        costs (``kl_zero``, ``kl_zero_low``, ...; NaN where it was not tried) and does to the loss;
-        ``verdict`` and ``replacement``; what it costs (``cost_flops``, ``cost_kv_bytes``, at the
+        costs (``kl_zero``, ``kl_zero_low``, ...; NaN where it was not tried) and does to the loss
+        (``loss_zero``, ...); ``verdict``, ``replacement`` and what a head that can be replaced so
+        is; what it costs (``cost_flops``, ``cost_kv_bytes``, at the
         length of ``price``); whether it is in the set that can go ``together``.
         """
         import pandas as pd
@@ -164,7 +191,10 @@ class HeadCensus(Result):
                     found[f"kl_{each}_low"] = float(self.trials.low[each][at])
                     found[f"kl_{each}_high"] = float(self.trials.high[each][at])
                     found[f"loss_{each}"] = float(losses[each][at])
+                    found[f"loss_{each}_low"] = float(self.trials.loss_low[each][at])
+                    found[f"loss_{each}_high"] = float(self.trials.loss_high[each][at])
                 found["verdict"], found["replacement"] = verdicts[layer][head]
+                found["meaning"] = REPLACEMENTS.get(found["replacement"], "")
                 found["together"] = at in together
                 price = self.price
                 found["cost_flops"] = float(price.flops[at]) if price else float("nan")
@@ -193,6 +223,12 @@ class HeadCensus(Result):
         if ways:
             named = (f"{ways[name]} by {name}" for name in REPLACEMENTS if ways[name])
             said.append(f"replaced {', '.join(named)}")
+        if self.rotary is not None:
+            positional = self.names.score("diagonal").maximum(self.names.score("previous"))
+            said.append(
+                "queries of positional heads are in the fastest quarter of the rotary bands: "
+                f"Spearman {self.rotary.agreement(positional):.2f}"
+            )
         if (changing := len(self.changing())) > 0:
             said.append(f"{changing} heads sleep on one domain and work on another")
         if self.together is not None:
@@ -249,7 +285,7 @@ class HeadCensus(Result):
                 if found.unseen_loss is None
                 else float(found.unseen_loss.mean()),
             }
-        if price is not None:
+        if price is not None and found is not None:
             said["price"] = {
                 "context": price.context,
                 "share": price.set_flops / float(price.flops.nansum()),
