@@ -186,8 +186,9 @@ def main() -> None:
         f"Its trials take {parts['trials']:.0f} s, 1/{apart / parts['trials']:.1f} of that. They "
         f"amount to {ablations['passes they amount to']:.0f} passes through all layers. "
         "Divergences differ by at most "
-        f"{ablations['largest difference of the divergence, nats']:.1g} nats. The process peaks at {peak / 2**20:.2f} GiB; it had reached {before / 2**20:.2f} with the "
-        "model loaded.",
+        f"{ablations['largest difference of the divergence, nats']:.1g} nats. "
+        f"The process peaks at {peak / 2**20:.2f} GiB; it had reached {before / 2**20:.2f} with "
+        "the model loaded.",
         "",
         "### What the screen loses",
         "",
