@@ -12,9 +12,9 @@ Measures, on the default model in float32:
   is the mean of the sample times their number. The sample's divergences are compared with the
   census's;
 - what the screen loses: verdicts of a few layers with every replacement tried on every head;
-- ``lenses.skip_heads`` for the set that goes together and for all no-ops: seconds of attention
-  and of the whole pass, taking turns with the model as it is, and the loss on texts that chose
-  nothing.
+- what ``lenses.skip_heads`` saves and costs, for the set that goes together and for all no-ops:
+  seconds of attention and of the whole pass with these heads skipped, taking turns with eyechart's
+  attention of all heads, and the loss under the lens on texts that chose nothing.
 
 The aim: a census in under five minutes on two cores. ``--layers`` limits everything to a few, for a
 trial run. ``--write`` keeps the result in ``benchmarks/results``.
@@ -198,9 +198,9 @@ def main() -> None:
         "",
         "### Heads skipped",
         "",
-        "Times of attention in all layers and of the whole pass without logits, over those of the "
-        f"model as it is, best of {given.repeats}; change of loss on {len(UNSEEN)} texts that "
-        "chose nothing.",
+        "Times of attention in all layers and of the whole pass without logits, over those of "
+        f"eyechart's attention of all heads, best of {given.repeats}; change of loss on "
+        f"{len(UNSEEN)} texts that chose nothing.",
         "",
         "| | heads | tokens | operations left out | attention | whole pass | loss |",
         "|---|---|---|---|---|---|---|",
