@@ -7,10 +7,11 @@ Four layers of three heads, the third without attention:
     L3  sink, no-op (first)  induction, active     sink, no-op (zero); its cheapest costs nothing
 """
 
-from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import torch
+from flows import PROVENANCE
 from torch import Tensor
 
 from eyechart.results import (
@@ -20,7 +21,6 @@ from eyechart.results import (
     HeadPrice,
     HeadSet,
     HeadTrials,
-    Provenance,
     RotaryUse,
     Sequences,
 )
@@ -83,7 +83,7 @@ def made_up_census(
     )
     fields: dict[str, Any] = {
         "sequences": texts,
-        "provenance": _provenance(model),
+        "provenance": dataclasses.replace(PROVENANCE, model=model, attention="fused, pattern"),
         "names": _names(spread, len(labels), domains),
         "trials": _trials(spread, texts, domains),
         "budget": 0.01,
@@ -202,22 +202,3 @@ def _rotary(spread: Any, tiles: tuple[int, int]) -> RotaryUse:
     angle = torch.tensor([1.0, 0.1, 0.01, 0.001]).expand(4 * tiles[0], -1).clone()
     angle[2::4] = NAN
     return RotaryUse(angle=angle, q_norm=bands, k_norm=bands * 2, q_high=energy, k_high=energy)
-
-
-def _provenance(model: str) -> Provenance:
-    versions: Mapping[str, str] = {"eyechart": "0"}
-    return Provenance(
-        versions=dict(versions),
-        model=model,
-        weights="0" * 64,
-        dtype="float32",
-        device="cpu",
-        attention="fused, pattern",
-        tokens="0" * 64,
-        seed=0,
-        hooks={"pattern": 3},
-        forward_passes=4,
-        wall_seconds=1.5,
-        peak_bytes=None,
-        created="2026-01-01T00:00:00+00:00",
-    )

@@ -31,7 +31,7 @@ def made_up_flow(
         "sequences": Sequences.from_rows(
             [list(range(length))], [list(labels)], prepend_bos=True, name="made-up prompt"
         ),
-        "provenance": _PROVENANCE,
+        "provenance": PROVENANCE,
         "query": torch.tensor([length - 1]),
         "target": "final norm",
         "attention": shares(layers),
@@ -75,7 +75,7 @@ def _sinks(random: Any, layers: int, heads: int, prepend_bos: bool) -> SinkProfi
     )
 
 
-_PROVENANCE = Provenance(
+PROVENANCE = Provenance(
     versions={"eyechart": "0"},
     model="made-up",
     weights="0" * 64,

@@ -178,7 +178,6 @@ def head_census(
             names,
             known,
             tried_domains,
-            at,
             budget,
             screen,
             layers,

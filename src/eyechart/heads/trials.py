@@ -41,7 +41,6 @@ def trials(
     names: "HeadNames",
     known: HeadOutputs,
     domains: tuple[str, ...],
-    positions: tuple[int, ...],
     budget: float,
     screen: bool,
     layers: Sequence[int] | None,
@@ -64,7 +63,6 @@ def trials(
         names: The heads' kinds.
         known: What heads wrote on the texts that named them.
         domains: Of the held-out texts.
-        positions: Where the distributions are compared.
         budget: KL in nats of a no-op.
         screen: False tries everything.
         layers: Whose heads are tried; None for all.
@@ -72,10 +70,10 @@ def trials(
         seed: Of the resampling and the bootstrap.
         step: Told of each layer.
     """
-    units = units_of(len(onward.texts.tokens), len(positions))
+    units = units_of(len(onward.texts.tokens), len(onward.positions))
     means, missed = _means_and_missed(known, onward.facts.n_layers)
     kinds = names.kinds()
-    of_unit = [domains[unit * len(domains) // len(units)] for unit in units.tolist()]
+    of_unit = [domains[text] for text in units.tolist()]
     kl = {name: torch.full((len(units), *missed["zero"].shape), torch.nan) for name in TRIED}
     loss = {name: x.clone() for name, x in kl.items()}
     still = reference.moved(onward.logits(onward.layers[-1], {}))[0]
@@ -116,8 +114,8 @@ def trials(
     return HeadTrials(
         texts=onward.texts,
         domains=domains,
-        positions=positions,
-        units=units // (len(units) // len(onward.texts.tokens)),
+        positions=onward.positions,
+        units=units,
         kl=kl,
         loss=loss,
         low={name: low for name, (low, _) in ends.items()},
@@ -133,9 +131,8 @@ def trials(
 
 
 def units_of(texts: int, positions: int) -> Int[Tensor, " unit"]:
-    """Numbers of the units: one a text, or several blocks of positions where texts are few."""
-    blocks = min(positions, -(-UNITS // texts))
-    return torch.arange(texts * blocks)
+    """Text of each unit: one a text, or several blocks of positions where texts are few."""
+    return torch.arange(texts).repeat_interleave(min(positions, -(-UNITS // texts)))
 
 
 def in_units(moved: Float[Tensor, "copy text position"], units: int) -> Float[Tensor, "copy unit"]:
