@@ -56,7 +56,7 @@ def write_idle_heads(folder: Path, shared: bool) -> None:
         num_key_value_heads=GROUPS if shared else HEADS,
         head_dim=WIDTH,
         max_position_embeddings=64,
-        rope_theta=_BASE,
+        rope_parameters={"rope_type": "default", "rope_theta": _BASE},
         attention_bias=True,
         tie_word_embeddings=False,
         bos_token_id=0,

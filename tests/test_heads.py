@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from idle_heads import KINDS, VERDICTS, VOCABULARY, write_idle_heads
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.head_detector import detect_head
+from transformer_lens.head_detector import HeadName, detect_head
 
 import eyechart
 from eyechart.errors import InputError, NonFiniteError, UsageError
@@ -27,8 +27,6 @@ from eyechart.targets import AfterEarlierCopies, First, Window
 from eyechart.texts import DOMAINS, HELD_OUT, TEXTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::eyechart.errors.FallbackWarning")
-
-QUICK = {"tokens": 16, "positions": 4}
 
 
 def said_twice(rows, half=14):
@@ -206,12 +204,13 @@ def test_divergence_is_exact_where_logarithms_are_not():
 def test_scores_are_those_of_detect_head(default_model):
     text = TEXTS["dialogue"]
     names = eyechart.head_census(default_model, text, layers=(), positions=1, context=8).names
-    for kind, found in {
-        "previous_token": names.score("previous"),
-        "duplicate_token": names.in_text["duplicate"].mean(dim=0),
-        "induction": names.in_text["induction"].mean(dim=0),
-    }.items():
-        truth = detect_head(default_model, text, f"{kind}_head")
+    kinds: dict[HeadName, Tensor] = {
+        "previous_token_head": names.score("previous"),
+        "duplicate_token_head": names.in_text["duplicate"].mean(dim=0),
+        "induction_head": names.in_text["induction"].mean(dim=0),
+    }
+    for kind, found in kinds.items():
+        truth = detect_head(default_model, text, kind)
         torch.testing.assert_close(found, truth, atol=1e-6, rtol=0)
         assert float(truth.max()) > 0.01
 
@@ -333,6 +332,7 @@ def test_what_is_no_rotation_is_told():
 def test_rotary_use_of_a_model_is_its_own_frequencies(llama, gpt2):
     ids = torch.randint(3, 250, (4, 16))
     use = eyechart.head_census(llama, ids, layers=(), context=8).rotary
+    assert use is not None
     module = llama.original_model.model.rotary_emb
     for layer in use.angle:
         torch.testing.assert_close(layer, module.inv_freq, atol=1e-5, rtol=1e-3)
@@ -508,7 +508,10 @@ def test_few_texts_are_cut_into_blocks_for_the_bootstrap(llama):
 def test_domains_are_those_of_the_texts(llama):
     prose = ["A sentence of some length, to be read.", "Another sentence, also of some length."]
     census = eyechart.head_census(
-        llama, {"prose": prose, "code": ["for i in range(10): print(i, i + 1)"]}, **QUICK
+        llama,
+        {"prose": prose, "code": ["for i in range(10): print(i, i + 1)"]},
+        tokens=16,
+        positions=4,
     )
     assert census.names.domains == ("prose", "prose", "code")
     domains = census.domains()

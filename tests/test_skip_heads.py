@@ -1,6 +1,7 @@
 """Heads that are not computed: what takes their place, under a lens, and what that saves."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ def test_tiled_key_heads_would_be_found_out():
     made.replaced = {1: Replacement("identity")}
     tokens = torch.zeros(2, LENGTH, dtype=torch.long)
     attend(made, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    assert made.output is not None
     torch.testing.assert_close(made.output[:, :, 1], made.v[:, 0])  # 1 // 3
     assert not torch.allclose(made.output[:, :, 1], made.v[:, 1])  # not 1 % 2
 
@@ -140,7 +142,7 @@ def test_the_set_of_the_census_is_skipped_by_default_on_the_open_model(tmp_path)
     once = torch.stack([torch.randperm(15)[:14] + 1 for _ in range(6)])
     ids = torch.cat([torch.zeros(6, 1, dtype=torch.long), once, once], dim=1)
     census = eyechart.head_census(model, ids)
-    assert len(census.together.heads) == 6
+    assert census.together is not None and len(census.together.heads) == 6
     with torch.no_grad():
         truth = model(ids)
         with eyechart.lenses.skip_heads(census):
@@ -232,7 +234,7 @@ def test_windows_are_part_of_the_price():
     from families import built
 
     with built("mistral") as folder:
-        model = eyechart.load(str(folder), device="cpu")
+        model: Any = eyechart.load(str(folder), device="cpu")
     config = model.original_model.config
     window, n = config.sliding_window, 30
     assert window < n

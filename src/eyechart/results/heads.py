@@ -157,8 +157,8 @@ class HeadCensus(Result):
         ``kind``; the scores; ``evidence`` for the kind with its interval; what each replacement
         costs (``kl_zero``, ``kl_zero_low``, ...; NaN where it was not tried) and does to the loss
         (``loss_zero``, ...); ``verdict``, ``replacement`` and what a head that can be replaced so
-        is; what it costs (``cost_flops``, ``cost_kv_bytes``, at the
-        length of ``price``); whether it is in the set that can go ``together``.
+        is; what it costs (``cost_flops``, ``cost_kv_bytes``, at the length of ``price``); whether
+        it is in the set that can go ``together``.
         """
         import pandas as pd
 
@@ -215,7 +215,7 @@ class HeadCensus(Result):
         verdicts = Counter(v for row in self.trials.verdicts(self.budget) for v, _ in row if v)
         said = [
             ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
-            f"{verdicts['no-op']} of {sum(kinds.values())} heads are no-ops: replaced cheaply, each"
+            f"{verdicts['no-op']} of {verdicts.total()} heads are no-ops: replaced cheaply, each"
             f" costs under {self.budget:g} nats; {verdicts['active']} are active, of "
             f"{verdicts['depends']} it cannot be said",
         ]
@@ -226,16 +226,19 @@ class HeadCensus(Result):
         if self.rotary is not None:
             positional = self.names.score("diagonal").maximum(self.names.score("previous"))
             said.append(
-                "queries of positional heads are in the fastest quarter of the rotary bands: "
+                "diagonal and previous-token scores go with fast rotary frequencies: "
                 f"Spearman {self.rotary.agreement(positional):.2f}"
             )
         if (changing := len(self.changing())) > 0:
             said.append(f"{changing} heads sleep on one domain and work on another")
         if self.together is not None:
             found = self.together
+            chance = f"{found.factor:.1f} times as many as at random"
+            if not math.isfinite(found.factor):
+                chance = "at random not one"
             line = (
                 f"{len(found.heads)} heads can go at once for {float(found.kl.mean()):.3f} nats "
-                f"({found.factor:.1f} times as many as at random)"
+                f"({chance})"
             )
             if found.unseen_loss is not None:
                 line += (
