@@ -139,6 +139,8 @@ def test_the_set_of_the_census_is_skipped_by_default_on_the_open_model(tmp_path)
 
     write_idle_heads(tmp_path, True)
     model = eyechart.load(str(tmp_path), device="cpu")
+    twin = eyechart.load(str(tmp_path), device="cpu")
+    eyechart.models.facts_of(twin)
     once = torch.stack([torch.randperm(15)[:14] + 1 for _ in range(6)])
     ids = torch.cat([torch.zeros(6, 1, dtype=torch.long), once, once], dim=1)
     census = eyechart.head_census(model, ids)
@@ -147,7 +149,8 @@ def test_the_set_of_the_census_is_skipped_by_default_on_the_open_model(tmp_path)
         truth = model(ids)
         with eyechart.lenses.skip_heads(census):
             found = model(ids)
-            assert not torch.equal(found, truth)
+            assert not torch.equal(found, truth) and torch.equal(found, twin(ids))
+        assert torch.equal(twin(ids), truth)
     torch.testing.assert_close(found, truth, atol=0.01, rtol=0)  # idle heads, all gone
 
 
@@ -186,7 +189,7 @@ def test_a_census_of_another_model_is_refused(llama, gpt2, census):
         pass
     source = dataclasses.replace(census.provenance, weights="0" * 64)
     other = dataclasses.replace(census, provenance=source)
-    with pytest.raises(UsageError, match="no open models"), eyechart.lenses.skip_heads(other):
+    with pytest.raises(UsageError, match="no open model has"), eyechart.lenses.skip_heads(other):
         pass
     for heads, said in (
         ([(9, 0, "zero")], "no head 0 in layer 9"),

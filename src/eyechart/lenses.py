@@ -5,7 +5,7 @@ measurements; on leaving, whatever happens, the model is as it was. Lenses compo
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +68,7 @@ def skip_heads(
 
     Args:
         census: Which heads, and the constants that replace them.
-        model: The model; by default the open one that the census was made on.
+        model: The model; by default every open one with the weights that the census was made on.
         heads: As ``(layer, head, replacement)``, such as ``census.no_ops()``; by default the set
             that the census found can go together.
 
@@ -81,7 +81,7 @@ def skip_heads(
         raise UsageError(
             f"expected a HeadCensus, got {type(census).__name__}: skip_heads(census, model)"
         )
-    model = _model_of(census, model)
+    models = _models_of(census, model)
     if heads is None:
         if census.together is None:
             raise UsageError("this census has no set of heads that can go together; give heads=")
@@ -91,11 +91,13 @@ def skip_heads(
     def skip(layer: int, call: AttentionCall) -> None:
         call.replaced |= replaced.get(layer, {})
 
-    with _seen_through(model, skip):
+    with ExitStack() as stack:
+        for each in models:
+            stack.enter_context(_seen_through(each, skip))
         yield
 
 
-def _model_of(census: HeadCensus, model: "TransformerBridge | None") -> "TransformerBridge":
+def _models_of(census: HeadCensus, model: "TransformerBridge | None") -> "list[TransformerBridge]":
     weights = census.provenance.weights
     if model is not None:
         if facts_of(model).weights != weights:
@@ -103,14 +105,14 @@ def _model_of(census: HeadCensus, model: "TransformerBridge | None") -> "Transfo
                 f"the census is of {census.provenance.model}, with other weights than "
                 f"{facts_of(model).name} has here: its heads are not these."
             )
-        return model
+        return [model]
     found = opened_with(weights)
-    if len(found) != 1:
+    if not found:
         raise UsageError(
-            f"{len(found) or 'no'} open models have the weights that this census of "
-            f"{census.provenance.model} was made on; give the model: skip_heads(census, model)"
+            f"no open model has the weights that this census of {census.provenance.model} was made "
+            "on; open it, or give the model: skip_heads(census, model)"
         )
-    return found[0]
+    return found
 
 
 @contextmanager

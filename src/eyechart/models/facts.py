@@ -77,7 +77,8 @@ def facts_of(model: "TransformerBridge") -> ModelFacts:
 
 def opened_with(weights: str) -> list["TransformerBridge"]:
     """Models in this process whose facts were asked for and that have these weights, by hash."""
-    return [model for model in _KNOWN if facts_of(model).weights == weights]
+    known = [model for model, (_, facts) in _KNOWN.items() if facts.weights == weights]
+    return [model for model in known if facts_of(model).weights == weights]
 
 
 def attention_layers(model: "TransformerBridge") -> tuple[int, ...]:
