@@ -23,7 +23,7 @@ from eyechart.heads.inputs import (
 from eyechart.heads.names import named
 from eyechart.heads.onward import Onward, OutputsProbe
 from eyechart.heads.partial import Partial
-from eyechart.heads.price import price
+from eyechart.heads.price import check_context, price
 from eyechart.heads.rotary import rotary_use
 from eyechart.heads.together import largest_set
 from eyechart.heads.trials import trials
@@ -123,8 +123,8 @@ def head_census(
     else:
         name = "prompt"
     same = held_out is None
-    if context is not None and (context < 1 or context > (facts.n_ctx or context)):
-        raise UsageError(f"context={context}, but {facts.name} sees 1 to {facts.n_ctx} tokens")
+    if context is not None:
+        check_context(facts, context)
     if layers is not None and (absent := set(layers) - set(facts.attention_layers)):
         raise UsageError(
             f"layers {sorted(absent)} have no attention in {facts.name}; there are "

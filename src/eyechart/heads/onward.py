@@ -269,6 +269,21 @@ class Onward:
         return [*found, (hook_names(self.model, "z")[layer], change)]
 
 
+def own_values(
+    mixed: Float[Tensor, "row position head d_value"],
+    values: Float[Tensor, "row position kv_head d_value"] | None,
+    head: int,
+) -> Float[Tensor, "row position d_value"]:
+    """The values that a head mixes: those of its group.
+
+    Where a layer does not show them, what the head mixed; then only what needs no values, or the
+    first token's alone, which is its own mixture, may be made of it.
+    """
+    if values is None:
+        return mixed[:, :, head]
+    return values[:, :, head // (mixed.shape[2] // values.shape[2])]
+
+
 def _by_block(kept: Mapping[int | None, Tensor]) -> dict[int, Tensor]:
     return {layer: value for layer, value in sorted(kept.items()) if layer is not None}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eyechart.errors import UnsupportedModelError, UsageError
 from eyechart.kernels import AttentionCall, Replacement, attend
-from eyechart.models import facts_of
+from eyechart.models import ModelFacts, facts_of
 from eyechart.probes.forward import thrift
 from eyechart.probes.plan import fusable
 from eyechart.probes.seam import edits_of, taken_over
@@ -41,8 +41,7 @@ def price(
         UnsupportedModelError: attention is code of its own, of which no head can be left out.
     """
     facts = facts_of(model)
-    if context < 1 or (facts.n_ctx and context > facts.n_ctx):
-        raise UsageError(f"context={context}, but {facts.name} sees 1 to {facts.n_ctx} tokens")
+    check_context(facts, context)
     layers, reasons = fusable(model, facts, ())
     if reasons:
         layer, reason = next(iter(sorted(reasons.items())))
@@ -73,6 +72,16 @@ def price(
         pass_seconds=best[False][1],
         pass_seconds_without=best[True][1],
     )
+
+
+def check_context(facts: ModelFacts, context: int) -> None:
+    """Refuse a length that the model cannot take.
+
+    Raises:
+        UsageError: it is not one that the model sees.
+    """
+    if not 0 < context <= (facts.n_ctx or context):
+        raise UsageError(f"context={context}, but {facts.name} sees 1 to {facts.n_ctx} tokens")
 
 
 class _Clock:

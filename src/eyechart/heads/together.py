@@ -10,7 +10,7 @@ from torch import Tensor
 from eyechart.heads.divergence import Reference
 from eyechart.heads.inputs import following
 from eyechart.heads.names import interval
-from eyechart.heads.onward import Exchange, Onward
+from eyechart.heads.onward import Exchange, Onward, own_values
 from eyechart.heads.trials import in_units
 from eyechart.kernels import Replacement, replacements
 from eyechart.results import HeadSet, HeadTrials
@@ -167,12 +167,7 @@ def exchanges_of(replaced: Mapping[int, Mapping[int, Replacement]]) -> dict[int,
     def exchange(of_layer: Mapping[int, Replacement]) -> Exchange:
         def put(mixed: Tensor, values: Tensor | None) -> None:
             for head, replacement in of_layer.items():
-                if values is None:
-                    # Without values: only what needs none was ever a choice here.
-                    own = mixed[:, :, head]
-                else:
-                    own = values[:, :, head // (mixed.shape[2] // values.shape[2])]
-                mixed[:, :, head] = replacement.of(own)
+                mixed[:, :, head] = replacement.of(own_values(mixed, values, head))
 
         return put
 

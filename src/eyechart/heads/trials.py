@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eyechart.heads.divergence import Reference
 from eyechart.heads.names import interval
-from eyechart.heads.onward import HeadOutputs, Onward
+from eyechart.heads.onward import HeadOutputs, Onward, own_values
 from eyechart.heads.partial import Partial
 from eyechart.kernels import Replacement
 from eyechart.probes.capture import is_out_of_memory
@@ -202,10 +202,7 @@ class _OfLayer:
         if name == "resample":
             drawn = mixed[:, 1:].flatten(0, 1)[self.others].view_as(mixed[:, 1:])
             return torch.cat([mixed[:, :1], drawn], dim=1)
-        if self.values is None:
-            own = mixed  # what needs values is not tried then
-        else:
-            own = self.values[:, :, head // (self.mixed.shape[2] // self.values.shape[2])]
+        own = own_values(self.mixed, self.values, head)
         return _replacement(name, self.means[head]).of(own)
 
     def settled(self, domains: list[str], budget: float) -> list[bool]:
@@ -264,8 +261,7 @@ def _means_and_missed(
             for head in range(heads):
                 if values is None and name in ("first", "identity"):
                     continue
-                own = z if values is None else values
-                own = (mixed if values is None else values)[:, :, head * own.shape[2] // heads]
+                own = own_values(mixed, values, head)
                 made = _replacement(name, means[layer, head]).of(own.to(means))[:, 1:]
                 of = z[:, :, head]
                 into[layer, head] = (of - made).square().sum() / of.square().sum().clamp(min=1e-30)

@@ -178,18 +178,20 @@ def _facts(census: HeadCensus) -> list[tuple[str, str]]:
             ("time of the whole pass", f"{price.pass_seconds:.3g} s"),
         ]
     if price is not None and found is not None:
-        share = price.set_flops / float(price.flops.nansum())
         cache = float(price.kv_bytes.nansum())
-        seconds, passes = price.seconds_without / price.seconds, price.pass_seconds_without
+        passes = price.pass_seconds_without
         facts += [
-            (f"operations of attention at {price.context} tokens", f"{share:.1%} are the set's"),
+            (
+                f"operations of attention at {price.context} tokens",
+                f"{price.share:.1%} are the set's",
+            ),
             (
                 "keys and values that nobody else reads",
                 f"{price.set_kv_bytes / 2**20:.3g} of {cache / 2**20:.3g} MiB",
             ),
             (
                 "time of attention without the set",
-                f"{price.seconds_without:.3g} s, {seconds:.2f} of {price.seconds:.3g} s",
+                f"{price.seconds_without:.3g} s, {price.time:.2f} of {price.seconds:.3g} s",
             ),
             (
                 "time of the whole pass without it",

@@ -87,3 +87,13 @@ class HeadPrice:
     seconds_without: float
     pass_seconds: float
     pass_seconds_without: float
+
+    @property
+    def share(self) -> float:
+        """The set's share of the operations."""
+        return self.set_flops / float(self.flops.nansum())
+
+    @property
+    def time(self) -> float:
+        """Seconds of attention without the set over those with all heads."""
+        return self.seconds_without / self.seconds

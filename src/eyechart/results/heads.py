@@ -247,10 +247,9 @@ class HeadCensus(Result):
             said.append(line)
         if self.price is not None and self.together is not None:
             price = self.price
-            share = price.set_flops / float(price.flops.nansum())
             said.append(
-                f"at {price.context} tokens they are {share:.0%} of the operations of attention, "
-                f"which without them takes {price.seconds_without / price.seconds:.2f} of its time"
+                f"at {price.context} tokens they are {price.share:.0%} of the operations of attention,"
+                f" which without them takes {price.time:.2f} of its time"
             )
         said += [f"{part} is missing: {reason}" for part, reason in self.unavailable.items()]
         return tuple(said)
@@ -291,8 +290,8 @@ class HeadCensus(Result):
         if price is not None and found is not None:
             said["price"] = {
                 "context": price.context,
-                "share": price.set_flops / float(price.flops.nansum()),
-                "time": price.seconds_without / price.seconds,
+                "share": price.share,
+                "time": price.time,
             }
         return said
 
