@@ -248,8 +248,8 @@ class HeadCensus(Result):
         if self.price is not None and self.together is not None:
             price = self.price
             said.append(
-                f"at {price.context} tokens they are {price.share:.0%} of the operations of attention,"
-                f" which without them takes {price.time:.2f} of its time"
+                f"at {price.context} tokens they are {price.share:.0%} of the operations of "
+                f"attention, which without them takes {price.time:.2f} of its time"
             )
         said += [f"{part} is missing: {reason}" for part, reason in self.unavailable.items()]
         return tuple(said)
