@@ -1,8 +1,4 @@
-"""Lenses: context managers that change how a model sees.
-
-Under a lens every run of the model sees through it, a plain call as well as eyechart's own
-measurements; on leaving, whatever happens, the model is as it was. Lenses compose.
-"""
+"""Lenses on attention: tokens hidden from queries, heads left out."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
