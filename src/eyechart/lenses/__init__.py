@@ -1,0 +1,9 @@
+"""Lenses: context managers that change how a model sees.
+
+Under a lens every run of the model sees through it, a plain call as well as eyechart's own
+measurements; on leaving, whatever happens, the model is as it was. Lenses compose.
+"""
+
+from eyechart.lenses.attention import evict, skip_heads
+
+__all__ = ["evict", "skip_heads"]
