@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eyechart.kernels.call import AttentionCall
@@ -27,18 +27,15 @@ def stream(call: AttentionCall, accumulate: torch.dtype, reducer: Reducer | None
         reducer: Takes the rows; None computes the output only.
     """
     kind = torch.promote_types(call.q.dtype, accumulate)
-    heads, groups = call.q.shape[1], call.k.shape[1]
     values = call.v.to(kind)
-    mixed: list[Tensor] = []
+    output: list[Tensor] = []
     for begin, low, rows in blocks(call, kind):
         if call.output is None:
-            seen = rearrange(rows[..., low:], "b (g r) q k -> b g (r q) k", g=groups)
-            out = seen @ values[:, :, low : rows.shape[-1]]
-            mixed.append(rearrange(out, "b g (r q) d -> b q (g r) d", r=heads // groups))
+            output.append(mixed(rows[..., low:], values[:, :, low : rows.shape[-1]]))
         if reducer is not None:
             reducer.add(begin, rows)
     if call.output is None:
-        call.output = torch.cat(mixed, dim=1).to(call.v.dtype)
+        call.output = torch.cat(output, dim=1).to(call.v.dtype)
 
 
 def blocks(
@@ -49,7 +46,6 @@ def blocks(
     Keys after a block's last query are left out.
     """
     batch, heads, length, _ = call.q.shape
-    groups = call.k.shape[1]
     queries, keys = call.q.to(kind) * call.scale, call.k.to(kind).transpose(-1, -2)
     allowed = _SCORES.get(call.q.device.type, _SCORES["cuda"])
     step = min(length, max(16, allowed // (batch * heads * length)))
@@ -58,20 +54,43 @@ def blocks(
         end = min(begin + step, length)
         start = None if call.start is None else call.start[:, begin:end]
         low = 0 if start is None else int(start.min())
-        # Query head h reads key head h // r: heads of one group are neighbours.
-        block = rearrange(queries[:, :, begin:end], "b (g r) q d -> b g (r q) d", g=groups)
-        scores = block @ keys[..., low:end]
-        scores = rearrange(scores, "b g (r q) k -> b (g r) q k", q=end - begin)
-        if call.softcap is not None:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
         hidden = (at[None, low:end] > at[begin:end, None])[None]
         if start is not None:
             hidden = hidden | (at[low:end] < start[..., None])
-        scores = scores.masked_fill(hidden[:, None], -torch.inf)
-        if call.sinks is not None:
-            sink = call.sinks.to(kind)[None, :, None, None].expand(*scores.shape[:3], 1)
-            rows = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
-        else:
-            rows = scores.softmax(dim=-1)
+        rows = softmax(call, queries[:, :, begin:end], keys[..., low:end], hidden)
         # Keys before the window are part of the row: their mass is zero.
         yield begin, low, torch.nn.functional.pad(rows, (low, 0)) if low else rows
+
+
+def softmax(
+    call: AttentionCall,
+    queries: Float[Tensor, "batch head query d_head"],
+    keys: Float[Tensor, "batch kv_head d_head key"],
+    hidden: Bool[Tensor, "#batch query key"],
+) -> Float[Tensor, "batch head query key"]:
+    """Attention rows of some queries over some keys.
+
+    Args:
+        call: Whose soft cap and learned sinks apply.
+        queries: Scaled, in the format of the sums.
+        keys: In the same format.
+        hidden: True where a query does not see a key.
+    """
+    # Query head h reads key head h // r: heads of one group are neighbours.
+    block = rearrange(queries, "b (g r) q d -> b g (r q) d", g=keys.shape[1])
+    scores = rearrange(block @ keys, "b g (r q) k -> b (g r) q k", q=queries.shape[2])
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = scores.masked_fill(hidden[:, None], -torch.inf)
+    if call.sinks is None:
+        return scores.softmax(dim=-1)
+    sink = call.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def mixed(
+    rows: Float[Tensor, "batch head query key"], values: Float[Tensor, "batch kv_head key d_value"]
+) -> Float[Tensor, "batch query head d_value"]:
+    """Values mixed by attention rows; heads of one group share theirs."""
+    seen = rearrange(rows, "b (g r) q k -> b g (r q) k", g=values.shape[1])
+    return rearrange(seen @ values, "b g (r q) d -> b q (g r) d", q=rows.shape[2])
