@@ -7,7 +7,8 @@ An analysis is a script that tests one published claim on any model. It gives :f
 
 prints the claim, the number and the verdict, writes ``verdict.json``, ``data.csv`` and
 ``figure.html`` to ``analyses/out/NAME``, and exits with 0 if the claim holds, 1 if it does not or
-could not be tested, 2 if it was called wrongly.
+could not be tested, 2 if it was called wrongly. What is measured on random numbers takes no model
+(:func:`main_without_model`).
 """
 
 import argparse
@@ -162,32 +163,60 @@ def dressed(figure: go.Figure, x: str, y: str) -> go.Figure:
 
 def main(claim: Claim, measure: Callable[[TransformerBridge, int], Finding]) -> NoReturn:
     """Run one analysis from the command line; ``measure`` gets the model and the seed."""
+    parser = _parser(claim)
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+
+    def on_model() -> tuple[Finding, dict[str, str]]:
+        model = eyechart.load(options.model, device=options.device, dtype=options.dtype)
+        finding = measure(model, options.seed)
+        facts = facts_of(model)
+        return finding, {
+            "model": facts.name,
+            "weights": facts.weights,
+            "dtype": options.dtype,
+            "device": facts.device,
+        }
+
+    _judge(claim, options, on_model)
+
+
+def main_without_model(claim: Claim, measure: Callable[[int], Finding]) -> NoReturn:
+    """Run an analysis of random numbers from the command line; ``measure`` gets the seed."""
+    options = _parser(claim).parse_args()
+    _judge(claim, options, lambda: (measure(options.seed), {}))
+
+
+def _parser(claim: Claim) -> argparse.ArgumentParser:
     script = Path(sys.argv[0])
     parser = argparse.ArgumentParser(
         description=claim.statement, epilog=f"Source: {claim.source}. Holds if {claim.holds_if}."
     )
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=script.parent / "out" / script.stem)
-    options = parser.parse_args()
+    return parser
+
+
+def _judge(
+    claim: Claim,
+    options: argparse.Namespace,
+    measured: Callable[[], tuple[Finding, dict[str, str]]],
+) -> NoReturn:
+    """Write and print what was found, and on what."""
+    name = Path(sys.argv[0]).stem
     try:
         ensure_writable(options.out)
-        model = eyechart.load(options.model, device=options.device, dtype=options.dtype)
-        finding = measure(model, options.seed)
+        finding, subject = measured()
     except eyechart.EyechartError as problem:
-        print(f"{script.stem}: {problem}", file=sys.stderr)
+        print(f"{name}: {problem}", file=sys.stderr)
         sys.exit(problem.exit_status)
-    facts = facts_of(model)
     verdict = {
         "claim": asdict(claim),
         "holds": finding.holds,
         "numbers": finding.numbers,
-        "model": facts.name,
-        "weights": facts.weights,
-        "dtype": options.dtype,
-        "device": facts.device,
+        **subject,
         "seed": options.seed,
         "versions": versions(),
     }
@@ -197,8 +226,9 @@ def main(claim: Claim, measure: Callable[[TransformerBridge, int], Finding]) -> 
     print(f"claim    {claim.statement}")
     print(f"source   {claim.source}")
     print(f"holds if {claim.holds_if}")
-    print(f"model    {facts.name}, {options.dtype} on {facts.device}")
-    for name, value in finding.numbers.items():
-        print(f"{value:>8.4g} {name}")
+    if subject:
+        print(f"model    {subject['model']}, {subject['dtype']} on {subject['device']}")
+    for what, value in finding.numbers.items():
+        print(f"{value:>8.4g} {what}")
     print(f"verdict  {'holds' if finding.holds else 'DOES NOT HOLD'}; written to {options.out}")
     sys.exit(0 if finding.holds else 1)

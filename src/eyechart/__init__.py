@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from eyechart import families as families
     from eyechart import lenses as lenses
     from eyechart import sequences as sequences
     from eyechart import targets as targets
     from eyechart.attention import attention_statistics as attention_statistics
     from eyechart.collapse import collapse_curve as collapse_curve
+    from eyechart.collapse import collapse_study as collapse_study
+    from eyechart.collapse import dispersion as dispersion
+    from eyechart.collapse import precision_ladder as precision_ladder
+    from eyechart.collapse import rank_collapse as rank_collapse
     from eyechart.errors import EyechartError as EyechartError
     from eyechart.examine import exam as exam
     from eyechart.flow import information_flow as information_flow
@@ -34,13 +39,17 @@ _HOME = {
     "attention_statistics": "eyechart.attention",
     "residual_norms": "eyechart.residual",
     "collapse_curve": "eyechart.collapse",
+    "collapse_study": "eyechart.collapse",
+    "dispersion": "eyechart.collapse",
+    "precision_ladder": "eyechart.collapse",
+    "rank_collapse": "eyechart.collapse",
     "exam": "eyechart.examine",
     "head_census": "eyechart.heads",
     "information_flow": "eyechart.flow",
     "open_result": "eyechart.results",
     "EyechartError": "eyechart.errors",
 }
-_MODULES = ("lenses", "sequences", "targets")
+_MODULES = ("families", "lenses", "sequences", "targets")
 
 __all__ = [
     "EyechartError",
@@ -49,12 +58,17 @@ __all__ = [
     "attention_statistics",
     "capture",
     "collapse_curve",
+    "collapse_study",
+    "dispersion",
     "exam",
+    "families",
     "head_census",
     "information_flow",
     "lenses",
     "load",
     "open_result",
+    "precision_ladder",
+    "rank_collapse",
     "residual_norms",
     "sequences",
     "targets",

@@ -68,12 +68,12 @@ def prepare(
             if not text.strip():
                 where = f" {index}" if len(texts) > 1 else ""
                 raise InputError(f"prompt{where} is empty: give at least one visible character.")
-        prefix = _bos(model, prepend_bos)
+        bos = _bos(model, prepend_bos)
         rows = []
         for text in texts:
             ids = fragment(model, text)
-            rows.append(ids if ids[: len(prefix)] == prefix and prefix else prefix + ids)
-        made = from_ids(model, rows, prepend_bos=bool(prefix), name=name)
+            rows.append(ids if ids[: len(bos)] == bos and bos else bos + ids)
+        made = from_ids(model, rows, prepend_bos=bool(bos), name=name)
     check_fits(model, made)
     return made
 
@@ -152,6 +152,19 @@ def pair(
         prepend_bos=prepend_bos,
         name="pair",
     )
+
+
+def prefix(
+    model: "TransformerBridge", prompt: str = "", *, prepend_bos: bool | None = None
+) -> tuple[list[int], bool]:
+    """Token ids that stand in front of what is built token by token, and whether they begin with
+    the beginning-of-sequence token.
+
+    Raises:
+        UsageError: the token is asked for, and the tokeniser has none.
+    """
+    bos = _bos(model, prepend_bos)
+    return bos + (fragment(model, prompt) if prompt else []), bool(bos)
 
 
 def fragment(model: "TransformerBridge", text: str) -> list[int]:
@@ -244,13 +257,27 @@ def check_fits(model: "TransformerBridge", sequences: Sequences) -> None:
     Raises:
         InputError: longer than the context, or ids outside the vocabulary.
     """
-    longest, limit = max(sequences.lengths), model.cfg.n_ctx
+    longest, limit = sequences.longest, model.cfg.n_ctx
     if limit and longest > limit:
         raise InputError(
             f"the prompt has {longest} tokens, but {model.cfg.model_name} sees at most {limit}. "
             f"Shorten it by {longest - limit} tokens or choose a model with a longer context."
         )
-    _check_vocabulary(model, sequences.tokens)
+    check_vocabulary(model, sequences.tokens)
+
+
+def check_vocabulary(model: "TransformerBridge", ids: Tensor | Sequence[int]) -> None:
+    """Refuse token ids that the embedding does not have.
+
+    Raises:
+        InputError: says which, and what there is.
+    """
+    low, high = (int(torch.as_tensor(ids).aminmax()[which]) for which in (0, 1))
+    if low < 0 or high >= model.cfg.d_vocab:
+        raise InputError(
+            f"token id {low if low < 0 else high} is outside the vocabulary of "
+            f"{model.cfg.model_name} (0 to {model.cfg.d_vocab - 1})."
+        )
 
 
 def _assembled(
@@ -261,9 +288,8 @@ def _assembled(
     prepend_bos: bool | None,
     name: str,
 ) -> Sequences:
-    prefix = _bos(model, prepend_bos)
-    head = prefix + (fragment(model, prompt) if prompt else [])
-    made = from_ids(model, [head + body for body in bodies], prepend_bos=bool(prefix), name=name)
+    head, bos = prefix(model, prompt, prepend_bos=prepend_bos)
+    made = from_ids(model, [head + body for body in bodies], prepend_bos=bos, name=name)
     check_fits(model, made)
     return made
 
@@ -280,17 +306,8 @@ def _from_ids(
         raise UsageError("prepend_bos applies to text; put the token in front of the ids yourself")
     if ids.numel() == 0:
         raise InputError("the token tensor is empty: give at least one token")
-    _check_vocabulary(model, ids)  # before labels are made: decoding a wild id may crash
+    check_vocabulary(model, ids)  # before labels are made: decoding a wild id may crash
     return from_ids(model, ids.reshape(-1, ids.shape[-1]).tolist(), name=name)
-
-
-def _check_vocabulary(model: "TransformerBridge", ids: Tensor) -> None:
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= model.cfg.d_vocab:
-        raise InputError(
-            f"token id {low if low < 0 else high} is outside the vocabulary of "
-            f"{model.cfg.model_name} (0 to {model.cfg.d_vocab - 1})."
-        )
 
 
 def _bos(model: "TransformerBridge", prepend_bos: bool | None) -> list[int]:

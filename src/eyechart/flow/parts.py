@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from eyechart import lenses
 from eyechart import sequences as sequencing
 from eyechart.errors import CaptureError, EyechartError
 from eyechart.flow.bound import VARIANT, Gains, gains_of
@@ -18,8 +17,10 @@ from eyechart.flow.sensitivity import sensitivity
 from eyechart.flow.sinks import SinkProbe
 from eyechart.flow.spread import changed_pairs, spread
 from eyechart.flow.trace import Trace, TraceProbe
+from eyechart.lenses.attention import first_keys_hidden
 from eyechart.models import ModelFacts
 from eyechart.probes import Probe, capture
+from eyechart.probes.notes import notes_of
 from eyechart.probes.plan import fusable
 from eyechart.probes.provenance import Meter, provenance_of
 from eyechart.results import Provenance, Sequences, SinkProfile
@@ -202,6 +203,7 @@ class Parts:
                 hooks={"resid_pre": graphs, end: graphs},
                 passes=graphs,
                 seed=seed,
+                notes=notes_of(self.model),
             )
         )
 
@@ -231,7 +233,7 @@ class Parts:
         self.sources.append(source)
 
         def hidden() -> tuple[Tensor, Provenance]:
-            with lenses.evict(self.model, evict, 2 * evict):
+            with first_keys_hidden(self.model, evict, 2 * evict):
                 return spread(self.model, pairs, batch_size)
 
         found = self.attempt("spread_evicted", hidden)

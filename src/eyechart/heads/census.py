@@ -30,9 +30,9 @@ from eyechart.heads.trials import trials
 from eyechart.kernels import replacements
 from eyechart.models import facts_of
 from eyechart.probes import Record, capture
+from eyechart.probes.notes import notes_of
 from eyechart.probes.plan import fusable
 from eyechart.probes.provenance import Meter
-from eyechart.probes.seam import edits_of
 from eyechart.results import HeadCensus, Provenance, Sequences
 from eyechart.results.files import ensure_writable
 from eyechart.results.heads import STEPS
@@ -112,7 +112,7 @@ def head_census(
     """
     _check_numbers(budget, joint_budget, share, tokens, positions)
     facts = facts_of(model)
-    if resume is not None and edits_of(model):
+    if resume is not None and notes_of(model):
         raise UsageError("under a lens nothing can be resumed: leave resume= out")
     folder = None if resume is None else ensure_writable(resume)
     built_in = inputs is None and held_out is None

@@ -7,11 +7,13 @@ from eyechart.kernels.definitions import Reducer, seers
 from eyechart.kernels.differentiable import differentiable
 from eyechart.kernels.replaced import Replacement, replacements
 from eyechart.kernels.streamed import blocks
+from eyechart.kernels.tree import Tree
 
 __all__ = [
     "AttentionCall",
     "Reducer",
     "Replacement",
+    "Tree",
     "attend",
     "blocks",
     "carry",

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from eyechart.errors import NonFiniteError, UsageError
 from eyechart.kernels import native
+from eyechart.kernels.branches import attend_branches, trunk_of
 from eyechart.kernels.call import AttentionCall
 from eyechart.kernels.definitions import Reducer
 from eyechart.kernels.streamed import stream
+from eyechart.kernels.tree import Tree
 from eyechart.kernels.trial import Kernel, tried
 from eyechart.targets import Target
 
@@ -40,13 +42,17 @@ def attend(
 
     Raises:
         NonFiniteError: NaN or infinity among queries or keys.
-        UsageError: statistics of heads that are replaced.
+        UsageError: statistics of heads that are replaced, or of prompts that share tokens.
     """
     if call.replaced:
         return _attend_the_rest(call, tokens, mask, bool(statistics or targets))
+    if call.tree is not None:
+        return _attend_in_tree(call, call.tree, tokens, mask, bool(statistics or targets))
     _refuse_non_finite(call, mask)
     found: dict[str, Tensor] = {}
-    run = kernel_for(call.q.device, accumulate, call.q.dtype).run
+    # A compiled kernel has no rows that could be rounded.
+    kernel = kernel_for(call.q.device, accumulate, call.q.dtype)
+    run = kernel.run if call.rounded is None else None
     if run is not None:
         if not call.found or call.output is None:
             call.found = run(call, mask.sum(dim=-1))
@@ -80,6 +86,27 @@ def _attend_the_rest(
 
     if call.output is None:
         call.output = call.around_replaced(mix)
+    return {}
+
+
+def _attend_in_tree(
+    call: AttentionCall,
+    tree: Tree,
+    tokens: Int[Tensor, "batch position"],
+    mask: Bool[Tensor, "batch position"],
+    measured: bool,
+) -> dict[str, Tensor]:
+    if measured:
+        raise UsageError(
+            "these tokens are several prompts that share their beginnings: a key's attention is of "
+            "no one prompt. Measure attention on the prompts one by one."
+        )
+    if call.output is None:
+        _refuse_non_finite(call, mask)
+        trunk = trunk_of(call, tree)
+        attend(trunk, tokens[:, : tree.trunk], mask[:, : tree.trunk])
+        assert trunk.output is not None
+        call.output = torch.cat([trunk.output, *attend_branches(call, tree, torch.float32)], dim=1)
     return {}
 
 

@@ -11,10 +11,10 @@ from eyechart.kernels.call import AttentionCall
 def by_torch(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
     """A layer's mixtures of values.
 
-    Without soft cap and learned sinks no pattern is kept for the way back, only what torch's fused
-    kernel keeps; with them the pattern is part of the graph.
+    Without soft cap, learned sinks and rounding no pattern is kept for the way back, only what
+    torch's fused kernel keeps; with them the pattern is part of the graph.
     """
-    if call.softcap is None and call.sinks is None:
+    if call.softcap is None and call.sinks is None and call.rounded is None:
         mixed = torch.nn.functional.scaled_dot_product_attention(
             call.q,
             call.k,
@@ -31,12 +31,15 @@ def by_torch(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
     scores = scores * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    scores = scores.masked_fill(~_seen(call)[:, None], -torch.inf)
+    seen = _seen(call)[:, None]
+    scores = scores.masked_fill(~seen, -torch.inf)
     if call.sinks is not None:
         sink = call.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], dim=-1)
-    pattern = scores.softmax(dim=-1)[..., : call.length].to(v.dtype)
-    return rearrange(pattern @ v, "b h q d -> b q h d")
+    pattern = scores.softmax(dim=-1)[..., : call.length]
+    if call.rounded is not None:
+        pattern = call.rounded(pattern, seen)
+    return rearrange(pattern.to(v.dtype) @ v, "b h q d -> b q h d")
 
 
 def _seen(call: AttentionCall) -> Tensor:

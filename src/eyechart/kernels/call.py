@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from eyechart.kernels.replaced import Replacement
+from eyechart.kernels.tree import Tree
 
 
 @dataclass(eq=False)
@@ -28,6 +29,10 @@ class AttentionCall:
         output: The layer's mixtures of values, in the model's format; set by whoever computes them.
         found: Row statistics that came with the output, so that the next who asks need not pay.
         replaced: Heads that are not to be computed, and what takes their place.
+        tree: Where the tokens are several prompts that share their beginnings: a query sees its
+            ancestors only, and ``start`` is by position in a prompt.
+        rounded: What becomes of rows of probabilities before they meet the values: gets the rows
+            and what each query sees of the keys. None leaves them as they are.
     """
 
     q: Float[Tensor, "batch head query d_head"]
@@ -40,6 +45,8 @@ class AttentionCall:
     output: Float[Tensor, "batch query head d_value"] | None = None
     found: dict[str, Tensor] = field(default_factory=dict)
     replaced: dict[int, Replacement] = field(default_factory=dict)
+    tree: Tree | None = None
+    rounded: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def length(self) -> int:

@@ -29,7 +29,7 @@ def carry(
         accumulate: Number format of scores and sums.
     """
     kernel = kernel_for(call.q.device, accumulate, call.q.dtype)
-    if kernel.carry is not None and lse is not None:
+    if kernel.carry is not None and lse is not None and call.rounded is None:
         return kernel.carry(call, lse, rows)
     kind = torch.promote_types(call.q.dtype, accumulate)
     rows = rows.to(kind)

@@ -18,7 +18,8 @@ def differentiable(call: AttentionCall) -> Float[Tensor, "batch query head d_val
         return call.around_replaced(differentiable)
     kernel = kernel_for(call.q.device, torch.float32, call.q.dtype)
     learned = call.sinks is not None and call.sinks.requires_grad  # the kernel holds sinks fixed
-    if kernel.run is None or kernel.pull is None or call.q.dtype != torch.float32 or learned:
+    unfit = learned or call.rounded is not None or call.q.dtype != torch.float32
+    if kernel.run is None or kernel.pull is None or unfit:
         return by_torch(call)
     return _Attention.apply(call.q, call.k, call.v, call, kernel)
 

@@ -71,7 +71,7 @@ def softmax(
     """Attention rows of some queries over some keys.
 
     Args:
-        call: Whose soft cap and learned sinks apply.
+        call: Whose soft cap, learned sinks and rounding apply.
         queries: Scaled, in the format of the sums.
         keys: In the same format.
         hidden: True where a query does not see a key.
@@ -83,9 +83,11 @@ def softmax(
         scores = call.softcap * torch.tanh(scores / call.softcap)
     scores = scores.masked_fill(hidden[:, None], -torch.inf)
     if call.sinks is None:
-        return scores.softmax(dim=-1)
-    sink = call.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-    return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+        rows = scores.softmax(dim=-1)
+    else:
+        sink = call.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        rows = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+    return rows if call.rounded is None else call.rounded(rows, ~hidden[:, None])
 
 
 def mixed(

@@ -5,5 +5,6 @@ measurements; on leaving, whatever happens, the model is as it was. Lenses compo
 """
 
 from eyechart.lenses.attention import evict, skip_heads
+from eyechart.lenses.precision import precision
 
-__all__ = ["evict", "skip_heads"]
+__all__ = ["evict", "precision", "skip_heads"]

@@ -5,13 +5,12 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from eyechart.errors import UnsupportedModelError, UsageError
-from eyechart.kernels import AttentionCall, attend, differentiable, replacements
+from eyechart.errors import UsageError
+from eyechart.kernels import AttentionCall, replacements
+from eyechart.lenses.seen import seen_through
 from eyechart.models import facts_of, opened_with
-from eyechart.probes.plan import fusable
-from eyechart.probes.seam import Edit, edited, edits_of, taken_over
+from eyechart.probes.notes import noted
 from eyechart.results import HeadCensus
 
 if TYPE_CHECKING:
@@ -39,12 +38,21 @@ def evict(model: "TransformerBridge", keys: int = 4, after: int = 8) -> Iterator
     if not 0 < keys <= after:
         raise UsageError(f"keys must be between 1 and after, got keys={keys}, after={after}")
 
+    note = f"seen through evict: {keys} keys hidden from query {after} on"
+    with noted(model, note), first_keys_hidden(model, keys, after):
+        yield
+
+
+@contextmanager
+def first_keys_hidden(model: "TransformerBridge", keys: int, after: int) -> Iterator[None]:
+    """:func:`evict` without a note, for measurements that hide keys themselves and say so."""
+
     def hide(layer: int, call: AttentionCall) -> None:
         queries = torch.arange(call.length, device=call.q.device)
         first = torch.where(queries >= after, keys, 0).expand(call.q.shape[0], -1)
         call.start = first if call.start is None else torch.maximum(first, call.start)
 
-    with _seen_through(model, hide):
+    with seen_through(model, hide):
         yield
 
 
@@ -87,9 +95,11 @@ def skip_heads(
     def skip(layer: int, call: AttentionCall) -> None:
         call.replaced |= replaced.get(layer, {})
 
+    note = f"seen through skip_heads: {len(heads)} heads left out"
     with ExitStack() as stack:
         for each in models:
-            stack.enter_context(_seen_through(each, skip))
+            stack.enter_context(noted(each, note))
+            stack.enter_context(seen_through(each, skip))
         yield
 
 
@@ -109,28 +119,3 @@ def _models_of(census: HeadCensus, model: "TransformerBridge | None") -> "list[T
             "on; open it, or give the model: skip_heads(census, model)"
         )
     return found
-
-
-@contextmanager
-def _seen_through(model: "TransformerBridge", edit: Edit) -> Iterator[None]:
-    facts = facts_of(model)
-    layers, reasons = fusable(model, facts, ())
-    if reasons:
-        layer, reason = next(iter(sorted(reasons.items())))
-        raise UnsupportedModelError(
-            f"attention of {facts.name} cannot be seen through a lens: layer {layer}: {reason}."
-        )
-
-    def handle(layer: int, call: AttentionCall) -> Tensor:
-        for each in edits_of(model):
-            each(layer, call)
-        if torch.is_grad_enabled():
-            return differentiable(call)
-        shape = (call.q.shape[0], call.length)
-        tokens = torch.zeros(shape, dtype=torch.long, device=call.q.device)
-        attend(call, tokens, torch.ones_like(tokens, dtype=torch.bool))
-        assert call.output is not None
-        return call.output
-
-    with edited(model, edit), taken_over(model, sorted(layers), True, handle):
-        yield

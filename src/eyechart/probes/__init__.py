@@ -1,5 +1,6 @@
 """One forward pass with probes attached."""
 
+from eyechart.probes.branching import why_not_branching
 from eyechart.probes.capture import capture
 from eyechart.probes.kept import Observations
 from eyechart.probes.probe import Look, Probe, Record
@@ -17,4 +18,5 @@ __all__ = [
     "capture",
     "has_site",
     "hook_names",
+    "why_not_branching",
 ]

@@ -16,8 +16,10 @@ import torch
 from eyechart import sequences as sequencing
 from eyechart.errors import InputError, UsageError
 from eyechart.models.facts import facts_of
+from eyechart.probes.branching import why_not_branching
 from eyechart.probes.forward import Kept, Pass, Wanted
 from eyechart.probes.kept import Observations, joined
+from eyechart.probes.notes import notes_of
 from eyechart.probes.plan import fusable
 from eyechart.probes.probe import Probe
 from eyechart.probes.provenance import Meter, provenance_of
@@ -72,16 +74,20 @@ def capture(
     sites = {site for _, seen in wanted for site in seen}
     fused: frozenset[int] = frozenset()
     reasons: dict[int, str] = {}
-    edited = bool(edits_of(model))
-    if "attention" in sites or edited:
+    need = "a lens that changes attention works" if edits_of(model) else ""
+    if prepared.parents is not None:
+        need = "prompts that share their beginnings can be measured"
+    if "attention" in sites or need:
         fused, reasons = fusable(model, facts, sorted(sites))
-    if edited and (reasons or sites & {"pattern", "scores"}):
+    if need and (reasons or sites & {"pattern", "scores"}):
         reads = bool(sites & {"pattern", "scores"})
         why = "a probe reads the pattern" if reads else "; ".join(sorted(set(reasons.values())))
         raise UsageError(
-            "a lens that changes attention works only where attention is computed without its "
-            f"pattern, and here it is not: {why}."
+            f"{need} only where attention is computed without its pattern, and here it is not: "
+            f"{why}."
         )
+    if prepared.parents is not None and (reason := why_not_branching(model, facts)):
+        raise UsageError(f"prompts that share their beginnings need another model here: {reason}.")
     runs = _Runs(model, prepared, wanted, fused, reasons)
     meter = Meter(facts.device)
     with meter:
@@ -94,7 +100,12 @@ def capture(
         hooks=dict(runs.counts),
         passes=len(runs.parts),
         seed=seed,
-        notes=(*runs.notes, *runs.told(), *(n for probe in probes for n in probe.notes(facts))),
+        notes=(
+            *notes_of(model),
+            *runs.notes,
+            *runs.told(),
+            *(n for probe in probes for n in probe.notes(facts)),
+        ),
     )
     return tuple(
         probe.result(runs.observations(index), prepared, provenance)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eyechart.errors import CaptureError, NonFiniteError
-from eyechart.kernels import AttentionCall, attend
+from eyechart.errors import CaptureError, NonFiniteError, UsageError
+from eyechart.kernels import AttentionCall, Tree, attend
 from eyechart.probes.kept import Shelf
 from eyechart.probes.probe import Look, Probe
 from eyechart.probes.seam import edits_of, taken_over
@@ -51,11 +51,16 @@ class Pass:
         self.fired: Counter[Place] = Counter()
         device = model.cfg.device
         self.tokens, self.mask = rows.tokens.to(device), rows.mask.to(device)
+        self._tree = None if rows.parents is None else Tree(rows.parents[0])
         self._scores: dict[int, Tensor] = {}
         self._lookers: dict[str, list[int]] = defaultdict(list)
         for index, (_, sites) in enumerate(wanted):
             for site in sites:
                 self._lookers[site].append(index)
+        at = {wanted[index][0].next_token_at for index in self._lookers.get("next_token", ())}
+        if len(at) > 1:
+            raise UsageError("probes of one pass ask for the logits of different positions")
+        self._at = next(iter(at), None)
         self.needed = self._needed()
         # The residual stream is always watched, so that NaN stops the pass where it appears.
         self._hooks: dict[str, list[Place]] = defaultdict(list)
@@ -77,7 +82,11 @@ class Pass:
             CaptureError, NonFiniteError: as :func:`eyechart.capture`.
         """
         hooks = [(name, partial(self._see, places)) for name, places in self._hooks.items()]
-        options = thrift(self.model, logits="logits" in self._lookers)
+        options = thrift(self.model, logits="logits" in self._lookers, at=self._at)
+        if self._tree is not None:
+            # With a mask, transformers does not take positions that start anew for packed texts.
+            options["position_ids"] = self._tree.depth[None].to(self.tokens.device)
+            options["attention_mask"] = torch.ones_like(self.tokens)
         everywhere = not any(self._reads_pattern(place) for place in self.needed)
         seam = taken_over(self.model, sorted(self.fused), everywhere, self._attend)
         # No attention mask: under causal attention no real token sees the padding after it, and
@@ -87,7 +96,13 @@ class Pass:
             output = self.model(self.tokens, return_type=wanted, **options)
         if wanted:
             self.fired["next_token", None] += 1
-            self._look(("next_token", None), output[:, -1])
+            self._look(("next_token", None), self._next_token(output))
+
+    def _next_token(self, output: Tensor) -> Tensor:
+        if self._at is None:
+            return output[:, -1]
+        # Not every architecture can be asked for chosen positions.
+        return output if output.shape[1] == len(self._at) else output[:, list(self._at)]
 
     def fired_by_site(self) -> dict[str, int]:
         """How often the places of each site were passed."""
@@ -151,6 +166,7 @@ class Pass:
 
     def _attend(self, layer: int, call: AttentionCall) -> Tensor:
         self.fired["attention", layer] += 1
+        call.tree = self._tree
         for edit in edits_of(self.model):
             edit(layer, call)
         try:
@@ -211,12 +227,21 @@ class Pass:
             )
 
 
-def thrift(model: "TransformerBridge", logits: bool = False) -> dict[str, Any]:
-    """Arguments that keep a forward pass from making what nobody looks at."""
+def thrift(
+    model: "TransformerBridge", logits: bool = False, at: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Arguments that keep a forward pass from making what nobody looks at.
+
+    Args:
+        model: A TransformerBridge.
+        logits: Whether those of all positions are wanted.
+        at: Positions whose logits are wanted; None for the last.
+    """
     accepted = inspect.signature(type(model.original_model).forward).parameters
     options: dict[str, Any] = {}
     if "use_cache" in accepted:
         options["use_cache"] = False
     if not logits and "logits_to_keep" in accepted:
-        options["logits_to_keep"] = 1
+        device = model.cfg.device
+        options["logits_to_keep"] = 1 if at is None else torch.tensor(at, device=device)
     return options

@@ -60,6 +60,8 @@ def visible(
     The arguments are those of transformers' mask interface; what only says how a mask should be
     written down (dtype, shortcuts) is not used.
     """
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None  # there is no padding
     if mask_function is causal_mask_function and attention_mask is None:
         return Visible(None)
     if q_offset or kv_offset or q_length != kv_length:

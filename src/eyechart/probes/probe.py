@@ -46,7 +46,13 @@ class Probe(ABC, Generic[R]):
     A probe reduces: :meth:`observe` gets an activation, returns what is worth keeping, and the
     activation is gone when its layer is. It holds no state, so one pass can serve many probes and
     a batch can be run in parts.
+
+    Attributes:
+        next_token_at: Positions whose logits the site "next_token" hands over, as ``[batch position
+            vocabulary]``; None for the last position's alone, ``[batch vocabulary]``.
     """
+
+    next_token_at: tuple[int, ...] | None = None
 
     @abstractmethod
     def sites(self, model: "TransformerBridge") -> Sequence[str]:

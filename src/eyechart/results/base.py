@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,16 +81,8 @@ class Provenance:
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
-    """Base of all results: frozen, comparable, saved whole or not at all.
-
-    Attributes:
-        sequences: The tokens that were measured.
-        provenance: How the result came to be.
-    """
-
-    sequences: Sequences
-    provenance: Provenance
+class Kept(ABC):
+    """Base of everything that is measured: frozen, comparable, saved whole or not at all."""
 
     @abstractmethod
     def to_frame(self) -> "pd.DataFrame":
@@ -138,6 +130,23 @@ class Result:
         items = "".join(f"<li>{html.escape(line)}</li>" for line in self.lines())
         return f"<p><b>{html.escape(self._title())}</b></p><ul>{items}</ul>"
 
+    @abstractmethod
+    def _title(self) -> str:
+        """What it is, in one line."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result(Kept):
+    """Base of what is measured on a model.
+
+    Attributes:
+        sequences: The tokens that were measured.
+        provenance: How the result came to be.
+    """
+
+    sequences: Sequences
+    provenance: Provenance
+
     def _title(self) -> str:
         batch, lengths = len(self.sequences.lengths), self.sequences.lengths
         span = (
@@ -162,7 +171,7 @@ def open_result(path: str | os.PathLike[str]) -> Any:
         ResultError: nothing is there, a file is missing or altered, or the kind is unknown.
     """
     result = open_tree(Path(path))
-    if not isinstance(result, Result):
+    if not isinstance(result, Kept):
         raise ResultError(f"{str(path)!r} does not hold a result")
     return result
 

@@ -121,40 +121,6 @@ def residual_map(norm: Tensor, labels: Sequence[str]) -> "go.Figure":
     return dress(figure, height=160 + 11 * max(norm.shape[0], 14))
 
 
-def collapse_curves(
-    relative: Tensor, lengths: Sequence[int], layer_labels: Sequence[str]
-) -> "go.Figure":
-    """Distance by length, log-log: a thin line a layer, coloured by depth, the last one bold."""
-    import plotly.graph_objects as go
-    from plotly.colors import sample_colorscale
-
-    figure = go.Figure()
-    count = len(layer_labels)
-    # Only the middle of the scale: its ends vanish on a dark and on a white page.
-    colours = sample_colorscale(DEPTH, [0.3 + 0.55 * i / max(count - 1, 1) for i in range(count)])
-    for index, label in enumerate(map(plain, layer_labels)):
-        last = index == count - 1
-        values = relative[index].double()
-        figure.add_trace(
-            go.Scatter(
-                x=list(lengths),
-                # Exactly zero has no place on a logarithmic axis: leave a gap.
-                y=[value if value > 0 else None for value in values.tolist()],
-                name=label,
-                mode="lines+markers" if last else "lines",
-                line={"color": GREY if last else colours[index], "width": 4 if last else 1.2},
-                hovertemplate=f"{label}, n=%{{x}}: %{{y:.3g}}<extra></extra>",
-            )
-        )
-    # The measured lengths are the natural ticks, as long as they fit.
-    ticks = list(lengths) if len(lengths) <= 12 else None
-    figure.update_xaxes(title_text="n, repetitions", type="log", tickvals=ticks)
-    figure.update_yaxes(
-        title_text="relative L1 distance, n to n+1", type="log", exponentformat="power", dtick=1
-    )
-    return dress(figure, height=460)
-
-
 def dress(figure: "go.Figure", height: int) -> "go.Figure":
     """What all figures have in common: transparent, grey, and as tall as their content needs."""
     figure.update_layout(
