@@ -19,6 +19,7 @@ import eyechart
 from eyechart.errors import FallbackWarning
 from eyechart.models import facts_of
 from eyechart.models.convert import build_tiny
+from eyechart.probes import why_not_branching
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 
@@ -311,9 +312,13 @@ def table() -> str:
         "",
         *(f"* *{name}*: {said}" for name, (_, said) in REASONS.items()),
         "",
+        "*Prompts share* says whether prompts that begin alike can go through as one row, so that",
+        "one pass serves a collapse curve whose prompts branch; found by running some both ways.",
+        "Where they cannot, such curves are run pair by pair.",
+        "",
         "| family | class | attention | backend | half formats | residual stream "
-        "| information flow |",
-        "|---|---|---|---|---|---|---|",
+        "| prompts share | information flow |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for family in FAMILIES:
         with built(family) as folder, warnings.catch_warnings():
@@ -321,6 +326,7 @@ def table() -> str:
             model = eyechart.load(str(folder), device="cpu")
             found = eyechart.attention_statistics(model, "Some text.", backend="fused")
             facts = facts_of(model)
+            share = "no" if why_not_branching(model, facts) else "yes"
         said = "every block" if len(facts.attention_layers) == facts.n_layers else "hybrid"
         if found.virtual_sink is not None:
             said += ", learned sinks"
@@ -333,7 +339,8 @@ def table() -> str:
         missing = FLOW_WITHOUT.get(family, {}).items()
         flow = "; ".join(f"no {', '.join(names)}: {why}" for why, names in missing) or "all"
         lines.append(
-            f"| {family} | {facts.architecture} | {said} | {backend} | {half} | {stream} | {flow} |"
+            f"| {family} | {facts.architecture} | {said} | {backend} | {half} | {stream} | {share} "
+            f"| {flow} |"
         )
     return "\n".join([*lines, ""])
 

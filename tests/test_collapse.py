@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 import eyechart
 from eyechart import families
 from eyechart.collapse import distances
-from eyechart.collapse.distances import of_next_tokens
+from eyechart.collapse.measures import of_next_tokens
 from eyechart.errors import InputError, UsageError
 from eyechart.models import facts_of
+from eyechart.models.convert import build_tiny
 from eyechart.probes import Record, why_not_branching
 from eyechart.results.collapse import DISTANCES
 from eyechart.sequences import from_ids, prefix
@@ -354,3 +355,20 @@ def test_tokens_that_merge_are_refused_or_told(default_model):
     )
     told = [any("merged" in note for note in c.provenance.notes) for c in (plain, merging)]
     assert told == [False, True]
+
+
+def test_frequencies_that_change_with_length_end_the_curve(tmp_path):
+    # Past 64 tokens the rotary frequencies of all tokens are others: no prefix is what it was.
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+    }
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 64}
+    build_tiny("phi3", {"num_key_value_heads": 2, **changes}, tmp_path)
+    model = eyechart.load(tmp_path, device="cpu")
+    with pytest.raises(InputError, match=r"at most 64 before its rotary frequencies.*most 56"):
+        eyechart.collapse_curve(model, lengths=(1, 100), prompt=PROMPT)
+    assert eyechart.collapse_curve(model, prompt=PROMPT).lengths[-1] == 50

@@ -1,9 +1,9 @@
 """Representational collapse: what two prompts that differ by little still differ in."""
 
 from eyechart.collapse.curve import DEFAULT_PROMPT, collapse_curve
-from eyechart.collapse.distances import distances
 from eyechart.collapse.heads import dispersion
 from eyechart.collapse.ladder import precision_ladder
+from eyechart.collapse.measures import distances
 from eyechart.collapse.rank import rank_collapse
 from eyechart.collapse.softmax import (
     alternating_total_variation,

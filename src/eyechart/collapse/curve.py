@@ -166,7 +166,7 @@ def _prompts(
     there = family.lengths
     if there is not None and lengths is not None and set(lengths) - set(there):
         raise UsageError(f"this family has the lengths {list(there)}, not {list(lengths)}")
-    build, limit = family.bind(model), model.cfg.n_ctx
+    build, (limit, why) = family.bind(model), _limit(model)
 
     def rows(n: int) -> tuple[list[int], ...]:
         shorter, *others = build(n)
@@ -182,7 +182,7 @@ def _prompts(
             return None
         return InputError(
             f"n={n} needs {needed} tokens ({len(front)} of them in front), but "
-            f"{model.cfg.model_name} sees at most {limit}"
+            f"{model.cfg.model_name} sees at most {limit}{why}"
         )
 
     chosen = sorted(set(lengths or there or DEFAULT_LENGTHS))
@@ -196,6 +196,19 @@ def _prompts(
     if (refused := problem(chosen[0])) is not None:
         raise refused
     return tuple(chosen), [rows(n) for n in chosen]
+
+
+def _limit(model: "TransformerBridge") -> tuple[int | None, str]:
+    """Tokens up to which a prompt is the same inside a longer one, and why no more if fewer than
+    the context."""
+    limit, why = model.cfg.n_ctx, ""
+    rope = getattr(getattr(model.original_model, "config", None), "rope_parameters", None) or {}
+    for kind in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        original = kind.get("original_max_position_embeddings")
+        if kind.get("rope_type") == "longrope" and original and (not limit or original < limit):
+            limit = int(original)
+            why = " before its rotary frequencies change, with those of all tokens before"
+    return limit, why
 
 
 def _largest(below: int, fits: Callable[[int], bool]) -> int:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eyechart.collapse.distances import distances, of_next_tokens
+from eyechart.collapse.measures import distances, of_next_tokens
 from eyechart.kernels import AttentionCall, attend
 from eyechart.models import facts_of
 from eyechart.precision import Format, share_expected, share_identical

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eyechart.collapse.distances import distances
 from eyechart.collapse.ends import StreamsProbe
+from eyechart.collapse.measures import distances
 from eyechart.prefixes import merged
 from eyechart.probes import capture
 from eyechart.results import Provenance

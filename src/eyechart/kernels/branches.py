@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eyechart.kernels.call import AttentionCall
@@ -41,10 +42,30 @@ def attend_branches(
     """
     kind = torch.promote_types(call.q.dtype, accumulate)
     queries, values = call.q.to(kind) * call.scale, call.v.to(kind)
-    lookup, depth = call.k.to(kind).transpose(-1, -2), tree.depth.to(call.q.device)
+    k, depth = call.k.to(kind), tree.depth.to(call.q.device)
+    plain = call.softcap is None and call.sinks is None and call.rounded is None
     for here, keys, hidden in tree.branches:
         keys, hidden = keys.to(call.q.device), hidden.to(call.q.device)[None]
         if call.start is not None:
             hidden = hidden | (depth[keys] < call.start[:, depth[here]][..., None])
-        rows = softmax(call, queries[:, :, here], lookup[..., keys], hidden)
-        yield mixed(rows, values[:, :, keys]).to(call.v.dtype)
+        if plain:
+            out = _sdpa(queries[:, :, here], k[:, :, keys], values[:, :, keys], ~hidden)
+        else:
+            rows = softmax(call, queries[:, :, here], k[:, :, keys].transpose(-1, -2), hidden)
+            out = mixed(rows, values[:, :, keys])
+        yield out.to(call.v.dtype)
+
+
+def _sdpa(
+    q: Float[Tensor, "batch head query d_head"],
+    k: Float[Tensor, "batch kv_head key d_head"],
+    v: Float[Tensor, "batch kv_head key d_value"],
+    seen: Bool[Tensor, "#batch query key"],
+) -> Float[Tensor, "batch query head d_value"]:
+    """torch's own kernel, which makes no pattern; twice as fast."""
+    # The heads of a group as more queries of one head, so that their keys need not be repeated.
+    groups = k.shape[1]
+    stacked = rearrange(q, "b (g r) q d -> b g (r q) d", g=groups)
+    mask = repeat(seen, "b q k -> b 1 (r q) k", r=q.shape[1] // groups)
+    out = torch.nn.functional.scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=1.0)
+    return rearrange(out, "b g (r q) d -> b q (g r) d", q=q.shape[2])

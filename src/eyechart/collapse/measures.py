@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-_ROWS = 32  # pairs of distributions at once: few enough to stay in the caches
+_ROWS = 8  # pairs of distributions at once: few enough to stay in the caches
 
 
 def distances(
@@ -53,12 +53,13 @@ def of_next_tokens(
     variation, divergence = [], []
     for low in range(0, len(shorter), _ROWS):
         before = logits[shorter[low : low + _ROWS]].to(kind)
-        d = logits[longer[low : low + _ROWS]].to(kind) - before
+        d = logits[longer[low : low + _ROWS]].to(kind).sub_(before)
         p = before.softmax(dim=-1)
-        d -= (p * d).sum(dim=-1, keepdim=True)
+        d -= torch.linalg.vecdot(p, d)[:, None]
         grown = d.expm1_().mul_(p)  # p (e^d - 1), whose sum is what normalises the other by
         total = grown.sum(dim=-1, keepdim=True)
         divergence.append(total.log1p()[:, 0].clamp(min=0))  # rounding may leave -1e-9
         # q - p = (p e^d - p (1 + total)) / (1 + total)
-        variation.append((grown - p * total).abs().sum(dim=-1) / (1 + total[:, 0]))
+        moved = torch.linalg.vector_norm(grown.sub_(p.mul_(total)), ord=1, dim=-1)
+        variation.append(moved / (1 + total[:, 0]))
     return torch.cat(variation), torch.cat(divergence), likeliest[shorter] == likeliest[longer]
