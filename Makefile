@@ -18,7 +18,7 @@ types: .venv/test.stamp
 	$(BIN)/pyright
 
 unit: .venv/test.stamp
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 format: .venv/test.stamp
 	$(BIN)/ruff format .

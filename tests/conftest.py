@@ -2,6 +2,10 @@
 
 import os
 
+# Before torch reads it: processes side by side share the cores, and so do what they start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 import torch
 from jaxtyping import install_import_hook
 
@@ -24,6 +28,8 @@ from handmade import write_handmade
 
 import eyechart
 from eyechart.models import CATALOGUE, DEFAULT_MODEL
+
+pytest_plugins = ("browsing",)
 
 TINY = sorted(name for name in CATALOGUE if name.startswith("tiny-random-"))
 

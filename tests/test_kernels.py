@@ -186,15 +186,16 @@ def test_every_instruction_set_and_no_openmp_give_the_same(flags):
 def test_the_same_numbers_whatever_the_number_of_threads():
     call = case(5, n=130, batch=2)
     mask = padded(call)
-    once = computed(call, mask)
-    threads = torch.get_num_threads()
+    found, threads = [], torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        call.output = None
-        again = computed(call, mask)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            call.output = None
+            found.append(computed(call, mask))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(once[name], again[name]) for name in once)
+    once, *again = found
+    assert all(torch.equal(once[name], other[name]) for other in again for name in once)
 
 
 def test_without_a_compiler_the_numbers_are_the_same_and_the_reason_is_told(monkeypatch):

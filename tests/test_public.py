@@ -85,7 +85,18 @@ MAY_IMPORT = {
         "flow",
     },
     "report": {"results"},
-    "cli": {"results", "models", "sequences", "examine", "flow", "heads", "report"},
+    "cli": {
+        "results",
+        "models",
+        "sequences",
+        "families",
+        "precision",
+        "examine",
+        "flow",
+        "heads",
+        "collapse",
+        "report",
+    },
     "errors": set(),
 }
 

@@ -15,7 +15,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "exam" / "manifest.json").is_file()
@@ -29,6 +29,7 @@ def test_commands_and_options_exist():
         "exam": ("--prompt", "--prompt-file", "--out", "--json", "--device", "--dtype"),
         "flow": ("--query", "--measures", "--probes", "--layer", "--out", "--json"),
         "heads": ("--budget", "--joint-budget", "--all", "--resume", "--out", "--json"),
+        "collapse": ("--family", "--lengths", "--formats", "--out", "--json"),
         "models": ("--json",),
         "report": ("--out",),
     }.items():

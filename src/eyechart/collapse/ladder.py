@@ -88,10 +88,15 @@ def precision_ladder(
             else:
                 # One copy of the tokens for all.
                 rungs.setdefault(place, {})[name] = replace(curve, sequences=base.sequences)
-    parts = [base.provenance, *(c.provenance for made in rungs.values() for c in made.values())]
+    parts = [base.provenance]
+    for made in rungs.values():
+        parts += [curve.provenance for curve in made.values() if curve is not base]
+    whole = Provenance.together(parts, base.sequences.digest, base.provenance.seed)
+    said = "rungs were seen through lenses.precision, which emulates all but 'model'"
     return PrecisionLadder(
         base.sequences,
-        Provenance.together(parts, base.sequences.digest, base.provenance.seed),
+        # What every rung says of itself it keeps.
+        replace(whole, notes=(*base.provenance.notes, said) if rungs else base.provenance.notes),
         base,
         rungs,
         failures,

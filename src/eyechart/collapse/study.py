@@ -94,9 +94,10 @@ def collapse_study(
     )
     spread = rank and attempt("rank", lambda: rank_collapse(model, _text(model, prepend_bos)))
     parts = [part.provenance for part in (*kept, rungs, spread) if part]
+    seed = next((part.seed for part in parts if part.seed is not None), None)
     return CollapseStudy(
         kept[0].sequences,
-        Provenance.together(parts, kept[0].sequences.digest, None),
+        Provenance.together(parts, kept[0].sequences.digest, seed),
         kept,
         rungs or None,
         spread or None,

@@ -1,4 +1,4 @@
-"""The report: one HTML file of an exam, a flow or a census; it never runs a model."""
+"""The report: one HTML file of an exam, a flow, a census or a study; it never runs a model."""
 
 from pathlib import Path
 

@@ -95,10 +95,10 @@ def flow_figures(flow: InformationFlow) -> "dict[str, go.Figure]":
     return figures
 
 
-def flow_maps(flow: InformationFlow) -> "dict[str, go.Figure]":
-    """The figures that share a place, one at a time, by the name that chooses them."""
+def flow_maps(flow: InformationFlow) -> "dict[str, dict[str, go.Figure]]":
+    """The figures that share a place, "map", one at a time, by the name that chooses them."""
     longest = _longest(flow)
-    return {name: rollout_map(flow, name, longest) for name in flow.have(*MAPS)}
+    return {name: {"map": rollout_map(flow, name, longest)} for name in flow.have(*MAPS)}
 
 
 def _longest(flow: InformationFlow) -> int:

@@ -1,4 +1,4 @@
-"""Put an exam, or an information flow or a census of heads alone, on one page."""
+"""Put an exam, or one of its parts that is a study of its own, on one page."""
 
 import json
 from collections.abc import Callable
@@ -12,10 +12,17 @@ from plotly.offline import get_plotlyjs
 
 from eyechart.report.attention_view import FULL_COLOUR, STEPS, attention_view, scripts
 from eyechart.report.census_view import census_figures, census_view
+from eyechart.report.collapse_view import (
+    collapse_figures,
+    collapse_view,
+    curve_figure,
+    family_figures,
+    family_view,
+)
 from eyechart.report.flow_view import flow_figures, flow_maps, flow_view
 from eyechart.report.provenance import per_part, shared
 from eyechart.report.security import content_policy, json_text, script_text
-from eyechart.results import STATISTICS, Exam, HeadCensus, InformationFlow
+from eyechart.results import STATISTICS, CollapseStudy, Exam, HeadCensus, InformationFlow
 from eyechart.results.figures import residual_map, visible
 from eyechart.results.head_figures import FOLLOWING
 
@@ -30,7 +37,7 @@ MASSIVE_ROWS = 10
 FOLDED_TEXTS = 3
 """So many texts or more are folded too, however short."""
 
-Shown = Exam | InformationFlow | HeadCensus
+Shown = Exam | InformationFlow | HeadCensus | CollapseStudy
 """What a report can be made of."""
 
 
@@ -54,6 +61,7 @@ SECTIONS = {
     "striking": Section("The most striking heads", "patterns", ("patterns", "attention")),
     "residual": Section("The residual stream", "residual", ("residual",)),
     "collapse": Section("Collapse", "collapse", ("collapse",)),
+    "study": Section("How representations collapse", "collapse_study", ()),
     "flow": Section("Where information comes from", "flow", ("information flow",)),
     "census": Section("What every head is for", "heads", ("head census",)),
 }
@@ -68,11 +76,11 @@ def render(result: Shown) -> str:
     exam = _as_exam(result)
     data = {
         "figures": _json(_figures(exam)),
-        "maps": _json(flow_maps(exam.flow)) if exam.flow else {},
+        "choices": _choices(exam),
         "patterns": None,
         "census": None,
     }
-    view = None
+    summary, view = exam.summary(), None
     if exam.patterns is not None:
         view = attention_view(exam.patterns)
         data["patterns"] = {"props": view.props, "heads": view.heads, "steps": STEPS}
@@ -89,12 +97,15 @@ def render(result: Shown) -> str:
             for name, section in SECTIONS.items()
             if getattr(exam, section.part) is not None or exam.failures.keys() & set(section.steps)
         },
-        summary=exam.summary(),
+        summary=summary,
         heads=exam.attention.to_frame().to_dict("records") if exam.attention else [],
         statistics=STATISTICS,
         view=view,
         flow=exam.flow and flow_view(exam.flow),
         census=census,
+        repeated=exam.collapse and family_view(exam.collapse),
+        collapse=exam.collapse_study
+        and collapse_view(exam.collapse_study, summary["collapse_study"]),
         domains=_domains(exam),
         following=FOLLOWING,
         full_colour=FULL_COLOUR,
@@ -114,7 +125,9 @@ def render(result: Shown) -> str:
 def _as_exam(result: Shown) -> Exam:
     if isinstance(result, InformationFlow):
         return Exam.of_flow(result)
-    return Exam.of_heads(result) if isinstance(result, HeadCensus) else result
+    if isinstance(result, HeadCensus):
+        return Exam.of_heads(result)
+    return Exam.of_collapse(result) if isinstance(result, CollapseStudy) else result
 
 
 def _domains(exam: Exam) -> tuple[str, ...]:
@@ -131,11 +144,25 @@ def _figures(exam: Exam) -> dict[str, go.Figure]:
         "attention": exam.attention and exam.attention.plot(),
         "residual": residual
         and residual_map(residual.norm[0], residual.sequences.labels[0][:MAP_TOKENS]),
-        "collapse": exam.collapse and exam.collapse.plot(),
+        "collapse": exam.collapse and curve_figure(exam.collapse),
         **(flow_figures(exam.flow) if exam.flow else {}),
         **(census_figures(exam.heads) if exam.heads else {}),
+        **(collapse_figures(exam.collapse_study) if exam.collapse_study else {}),
     }
     return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _choices(exam: Exam) -> dict[str, dict[str, Any]]:
+    """Figures that share places, by what chooses among them and the name of the choice."""
+    found: dict[str, dict[str, dict[str, go.Figure]]] = {}
+    if exam.flow and (maps := flow_maps(exam.flow)):
+        found["map"] = maps
+    if exam.collapse_study:
+        found["family"] = family_figures(exam.collapse_study)
+    return {
+        name: {choice: _json(figures) for choice, figures in options.items()}
+        for name, options in found.items()
+    }
 
 
 def _json(figures: dict[str, go.Figure]) -> dict[str, Any]:

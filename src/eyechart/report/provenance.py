@@ -9,6 +9,7 @@ _PARTS = {
     "collapse": "collapse",
     "flow": "information flow",
     "heads": "census of heads",
+    "collapse_study": "study of collapse",
 }
 
 

@@ -58,12 +58,26 @@
     Plotly.react(place, figure.data, figure.layout, { responsive: true, displaylogo: false });
     return place;
   };
-  const plots = Object.entries(data.figures).map(([name, figure]) => plot(name, figure));
-  // Maps of the information flow share one place.
-  const choices = [...document.getElementsByName("map")];
-  const choose = () => plot("map", data.maps[choices.find((choice) => choice.checked).value]);
-  for (const choice of choices) choice.addEventListener("change", choose);
-  if (choices.length) plots.push(choose());
+  const plots = new Set(Object.entries(data.figures).map(([name, figure]) => plot(name, figure)));
+  // Figures that share their places, one choice at a time, and the words that go with a choice.
+  for (const [name, options] of Object.entries(data.choices)) {
+    const radios = [...document.getElementsByName(name)];
+    const places = new Set(Object.values(options).flatMap((figures) => Object.keys(figures)));
+    const choose = () => {
+      const chosen = radios.find((radio) => radio.checked).value;
+      for (const part of document.querySelectorAll(`[data-choice="${name}"]`)) {
+        part.hidden = part.dataset.value !== chosen;
+      }
+      for (const place of places) {
+        const figure = options[chosen][place];
+        const panel = document.getElementById(`panel-${place}`);
+        if (panel) panel.hidden = !figure;
+        if (figure) plots.add(plot(place, figure));
+      }
+    };
+    for (const radio of radios) radio.addEventListener("change", choose);
+    choose();
+  }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     for (const place of plots) Plotly.relayout(place, { "font.color": ink() });
   });

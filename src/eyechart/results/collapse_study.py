@@ -117,7 +117,7 @@ class CollapseStudy(Result):
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     """A row as JSON has it: None for what is no finite number, whole numbers of tokens whole."""
-    found = {
+    found: dict[str, Any] = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
     }

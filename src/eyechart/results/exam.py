@@ -7,6 +7,8 @@ from eyechart.errors import ResultError
 from eyechart.results.attention import LEADERS, AttentionPatterns, AttentionStatistics
 from eyechart.results.base import Result, head_name
 from eyechart.results.collapse import CollapseCurve
+from eyechart.results.collapse_study import CollapseStudy
+from eyechart.results.collapse_words import conclusion
 from eyechart.results.flow import InformationFlow
 from eyechart.results.heads import HeadCensus
 from eyechart.results.residual import ResidualNorms
@@ -32,6 +34,7 @@ class Exam(Result):
         failures: What went wrong and what to do, by the name of the part that failed.
         flow: Where the last token's information comes from; None in exams of older versions.
         heads: What each head looks at and is for; None where no census was asked for.
+        collapse_study: Collapse of several families and formats; None where it was not asked for.
     """
 
     residual: ResidualNorms | None
@@ -41,6 +44,7 @@ class Exam(Result):
     failures: dict[str, str] = field(default_factory=dict)
     flow: InformationFlow | None = None
     heads: HeadCensus | None = None
+    collapse_study: CollapseStudy | None = None
 
     @classmethod
     def of_flow(cls, flow: InformationFlow) -> Self:
@@ -51,6 +55,13 @@ class Exam(Result):
     def of_heads(cls, heads: HeadCensus) -> Self:
         """An exam of which nothing but the census of heads was asked for."""
         return cls(heads.sequences, heads.provenance, *_NOTHING, heads=heads)
+
+    @classmethod
+    def of_collapse(cls, study: CollapseStudy) -> Self:
+        """An exam of which nothing but the study of collapse was asked for."""
+        failures = {f"collapse, {part}": why for part, why in study.failures.items()}
+        given = (study.sequences, study.provenance, *_NOTHING)
+        return cls(*given, failures=failures, collapse_study=study)
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the printed summary, ready for JSON."""
@@ -82,11 +93,14 @@ class Exam(Result):
                 "lengths": list(self.collapse.lengths),
                 "relative": self.collapse.relative[-1].tolist(),
                 "onset": self.collapse.onset(),
+                "conclusion": conclusion(self.collapse),
             }
         if self.flow is not None:
             said["information_flow"] = self.flow.summary()
         if self.heads is not None:
             said["heads"] = self.heads.summary()
+        if self.collapse_study is not None:
+            said["collapse_study"] = self.collapse_study.summary()
         return said
 
     def to_frame(self) -> "pd.DataFrame":
@@ -103,7 +117,14 @@ class Exam(Result):
 
     def lines(self) -> tuple[str, ...]:
         """The lines of every part, and of every failure."""
-        parts = (self.attention, self.residual, self.collapse, self.flow, self.heads)
+        parts = (
+            self.attention,
+            self.residual,
+            self.collapse,
+            self.flow,
+            self.heads,
+            self.collapse_study,
+        )
         said = [line for part in parts if part is not None for line in part.lines()]
         said += [f"{part} failed: {message}" for part, message in self.failures.items()]
         return tuple(said)

@@ -42,7 +42,7 @@ class PowerLaw:
         if self.slope >= 0 or value <= 0 or self.scale <= 0:
             return None
         power = math.log(value / self.scale) / self.slope
-        return math.exp(power) if power < 700 else None
+        return math.exp(power) if power < 700 else math.inf
 
     def __str__(self) -> str:
         return f"{self.slope:.2f} [{self.low:.2f}, {self.high:.2f}]"

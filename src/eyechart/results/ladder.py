@@ -74,21 +74,21 @@ class PrecisionLadder(Result):
         """One row a (place, format): distances at both ends, the horizon seen and predicted."""
         import pandas as pd
 
-        rows = []
-        for place, name, curve in self._all():
-            row = curve.horizons().set_index("format").loc[name].to_dict()
-            law = curve.fit()
-            rows.append(
-                {
-                    "place": place,
-                    "format": name,
-                    "relative_first": float(curve.relative[-1, 0]),
-                    "relative_last": float(curve.relative[-1, -1]),
-                    "slope": None if law is None else law.slope,
-                }
-                | row
-            )
-        return pd.DataFrame(rows)
+        # One curve may be read in several formats; its line is fitted once.
+        curves = {id(curve): curve for _, _, curve in self._all()}
+        fits = {key: curve.fit() for key, curve in curves.items()}
+        tables = {key: curve.horizons().set_index("format") for key, curve in curves.items()}
+        return pd.DataFrame(
+            {
+                "place": place,
+                "format": name,
+                "relative_first": float(curve.relative[-1, 0]),
+                "relative_last": float(curve.relative[-1, -1]),
+                "slope": None if (law := fits[id(curve)]) is None else law.slope,
+                **tables[id(curve)].loc[name].to_dict(),
+            }
+            for place, name, curve in self._all()
+        )
 
     def plot(self) -> "go.Figure":
         """Share of coordinates that coincide, by length, a panel a place and a line a format."""
