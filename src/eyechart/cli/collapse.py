@@ -14,7 +14,6 @@ from eyechart.cli.options import (
     Json,
     Model,
     Out,
-    Prompt,
     PromptFile,
     Revision,
     Stdin,
@@ -43,7 +42,13 @@ def collapse(
             show_default="1 to 500, as far as they fit",
         ),
     ] = None,
-    prompt: Prompt = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Text in front of the sequences, such as a question.",
+            show_default="asks how many ones there are",
+        ),
+    ] = None,
     prompt_file: PromptFile = None,
     no_prompt: Annotated[
         bool, typer.Option("--no-prompt", help="Nothing in front of the sequences.")

@@ -27,7 +27,7 @@ PLACES = {
     "final": "the final representation, as it is read",
     "model": "the whole model, run in the format",
     "weights": "the weights",
-    "attention": "what attention reads and writes",
+    "attention": "attention probabilities",
     "stream": "the residual stream, after every block",
 }
 
