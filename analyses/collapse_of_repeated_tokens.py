@@ -1,97 +1,77 @@
 """Do n and n + 1 repetitions of a token become indistinguishable?
 
-The paper's Figure 5a, measured the plain way: every prompt is run alone, pair by pair, and a
-TransformerLens hook reads the last token after the final norm. That is the definition; the library
-gets the same numbers for all n from one forward pass (``eyechart.collapse_curve``), and the largest
-disagreement of the two is part of the verdict. The floor is what the model's arithmetic alone makes
-of the same prompt run in another batch: no smaller distance means anything.
+The paper's Figure 5 a and c: a question, then ones. The plain way runs every prompt alone, pair by
+pair, and a TransformerLens hook reads the last token after the final norm (``pairs.py``). That is
+the definition; the library gets the same numbers for all n from one forward pass
+(``eyechart.collapse_curve``), and the largest disagreement of the two is part of the verdict. The
+floor is what the model's arithmetic alone makes of the same prompt in another arrangement of the
+pass: no smaller distance means anything.
 """
 
 import pandas as pd
-import torch
-from frame import Claim, Finding, main
-from jaxtyping import Float
-from torch import Tensor
+from frame import GREY, Claim, Finding, main
+from pairs import COPY, COUNT, disagreement, fitting
 from transformer_lens.model_bridge import TransformerBridge
 
 import eyechart
-from eyechart.collapse import DEFAULT_PROMPT
-from eyechart.results import Sequences
-from eyechart.sequences import repeated
+from eyechart.families import repeat
+from eyechart.results import collapse_figures
 
-LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 480)
-FILLER = 7
+LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 300, 512)
+ALONE = (1, 10, 100, 300)
+PROMPTS = {"counting": COUNT, "copying": COPY}
 
 CLAIM = Claim(
     statement=(
         "After a question, the last token's final representation hardly changes when one more '1' "
         "is appended, and the change vanishes as the sequence grows."
     ),
-    source="Barbero et al., arXiv 2406.04267, Theorem 4.2 and Figure 5a",
+    source="Barbero et al., arXiv 2406.04267, Theorem 4.2 and Figure 5a and c",
     holds_if=(
-        "the relative L1 distance between n and n + 1 falls at least tenfold from the shortest to "
-        "the longest n, stays above the numeric floor, and collapse_curve agrees with the "
-        "pair-by-pair runs"
+        "after a counting and after a copying question the relative L1 distance between n and "
+        "n + 1 falls at least tenfold from the shortest to the longest n, stays above the numeric "
+        "floor, and collapse_curve agrees with the pair-by-pair runs within a hundredth of the "
+        "smallest distance"
     ),
 )
 
 
-def last_token(model: TransformerBridge, prompt: Sequences) -> Float[Tensor, " d_model"]:
-    """The final-normed representation of the last real token of the first row."""
-    seen: list[Tensor] = []
-
-    def read(normed: Float[Tensor, "batch position d_model"], hook: object) -> None:
-        seen.append(normed[0, prompt.lengths[0] - 1].double().cpu())
-
-    with torch.no_grad():
-        model.run_with_hooks(
-            prompt.tokens.to(model.cfg.device),
-            fwd_hooks=[("ln_final.hook_out", read)],
-            return_type=None,
-        )
-    (only,) = seen
-    return only
-
-
-def relative(shorter: Tensor, longer: Tensor) -> float:
-    """L1 distance over the longer prompt's L1 length."""
-    return float((longer - shorter).abs().sum() / longer.abs().sum())
-
-
 def measure(model: TransformerBridge, seed: int) -> Finding:
-    """Pair by pair, against the floor and against the library."""
-    limit = model.cfg.n_ctx or max(LENGTHS) + 100
-    before = repeated(model, "1", 1, prompt=DEFAULT_PROMPT).lengths[0] - 1
-    lengths = [n for n in LENGTHS if before + n + FILLER <= limit]
-    pairs, floors = [], []
-    for n in lengths:
-        short, long = (repeated(model, "1", m, prompt=DEFAULT_PROMPT) for m in (n, n + 1))
-        alone = last_token(model, short)
-        pairs.append(relative(alone, last_token(model, long)))
-        # The same prompt, padded beside a longer one: other shapes and summation order, same truth.
-        ids, labels = short.tokens[0].tolist(), list(short.labels[0])
-        beside = Sequences.from_rows(
-            [ids, ids + ids[-1:] * FILLER], [labels, labels + ["1"] * FILLER]
+    """After both questions, in one pass and pair by pair, against the floor."""
+    family, curves = repeat(), {}
+    numbers: dict[str, float] = {}
+    held = []
+    for name, prompt in PROMPTS.items():
+        lengths = fitting(model, family, LENGTHS, prompt, least=100)
+        curve = eyechart.collapse_curve(
+            model, family, lengths, prompt=prompt, formats=(), next_token=False
         )
-        floors.append(relative(alone, last_token(model, beside)))
-    curve = eyechart.collapse_curve(model, lengths=lengths)
-    one_pass = curve.relative[-1].tolist()
-    fall, floor = pairs[0] / pairs[-1], max(floors)
-    disagreement = max(abs(pair - one) for pair, one in zip(pairs, one_pass, strict=True))
-    figure = curve.plot()
+        last = curve.relative[-1]
+        fall, least = float(last[0] / last[-1]), float(last.min())
+        apart = disagreement(model, family, curve, ALONE, prompt)
+        law = curve.fit()
+        held.append(fall >= 10 and least > curve.floor() and apart < least / 100)
+        curves[name] = curve
+        numbers |= {
+            f"{name}: relative distance at n = {lengths[0]}": float(last[0]),
+            f"{name}: relative distance at n = {lengths[-1]}": float(last[-1]),
+            f"{name}: times it fell": fall,
+            f"{name}: slope on log-log axes": law.slope if law else float("nan"),
+            f"{name}: largest numeric floor": curve.floor(),
+            f"{name}: unrelated prompts": float(curve.unrelated["relative"][-1]),
+            f"{name}: largest disagreement with pair-by-pair runs": apart,
+        }
+    figure = collapse_figures.curves(curves["counting"])
     figure.add_scatter(
-        x=lengths, y=[floor] * len(lengths), name="numeric floor", mode="lines", line_dash="dot"
+        x=list(curves["copying"].lengths),
+        y=curves["copying"].relative[-1].tolist(),
+        name="after a copying question",
+        line={"color": GREY, "width": 4, "dash": "dash"},
     )
     return Finding(
-        holds=fall >= 10 and min(pairs) > floor and disagreement < 1e-3,
-        numbers={
-            f"relative distance at n = {lengths[0]}": pairs[0],
-            f"relative distance at n = {lengths[-1]}": pairs[-1],
-            "times it fell": fall,
-            "largest numeric floor": floor,
-            "largest disagreement with collapse_curve": disagreement,
-        },
-        data=pd.DataFrame({"n": lengths, "relative": pairs, "floor": floors, "one_pass": one_pass}),
+        holds=all(held),
+        numbers=numbers,
+        data=pd.concat([curve.to_frame().assign(question=name) for name, curve in curves.items()]),
         figure=figure,
     )
 

@@ -36,7 +36,10 @@ _TOKENS = 4096
 """Tokens that go through together where prompts cannot share their beginnings."""
 
 _FLOORS = 32
-"""Lengths at which the numeric floor is measured, at most: it changes slowly."""
+"""Lengths at which the numeric floor is measured, at most: it hardly changes with length."""
+
+_FLOOR_TOKENS = 1024
+"""Tokens up to which it is measured, unless the shortest prompt has more."""
 
 _SHOWN = 64
 """Tokens of a sequence that are written as text to see what the tokeniser makes of it."""
@@ -103,8 +106,11 @@ def collapse_curve(
     sides = len(prompts[0])
     ends = [whole.ends[at : at + sides] for at in range(0, len(flat), sides)]
     reason = why_not_branching(model, facts)
-    floor = _spread(len(chosen))
-    at = [len(prompts[index][0]) - 1 for index in floor]
+    sizes = [len(rows[0]) for rows in prompts]
+    short = [index for index, size in enumerate(sizes) if size <= _FLOOR_TOKENS]
+    short = short or [sizes.index(min(sizes))]
+    floor = [short[index] for index in _spread(len(short))]
+    at = [sizes[index] - 1 for index in floor]
     longest = max(flat, key=len)
     streams: Tensor | None = None
     notes = [*_notes(model, chosen_family, prompts, len(front)), *_emulated(in_formats, facts)]
@@ -121,7 +127,7 @@ def collapse_curve(
     compared: References | None = None
     if references:
         compared = references_of(
-            model, longest, at, streams, bos=front[: int(bos)], shared=not reason
+            model, longest[: max(at) + 1], at, streams, bos=front[: int(bos)], shared=not reason
         )
     sources = [one.provenance for one in found]
     if compared is not None:
