@@ -18,7 +18,7 @@ types: .venv/test.stamp
 	$(BIN)/pyright
 
 unit: .venv/test.stamp
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 format: .venv/test.stamp
 	$(BIN)/ruff format .

@@ -92,7 +92,7 @@ final = collapse.relative[-1]
 print(f"n=1: {final[0]:.3f}   n=500: {final[-1]:.4f}   sets in at n={collapse.onset()}")
 assert final[0] / final[-1] > 20
 assert collapse.onset() == 100
-assert collapse.forward_passes == 1
+assert collapse.forward_passes == 2  # one for every n, one for floor and unrelated prompts
 collapse.plot()
 
 # %% [markdown]

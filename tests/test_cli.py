@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from censuses import made_up_census
-from typer.testing import CliRunner
+from invoking import run
 
 import eyechart
 from eyechart.attention import AttentionProbe
-from eyechart.cli import app
 from eyechart.heads.partial import Partial
 from eyechart.models import CATALOGUE, DEFAULT_MODEL
 from eyechart.results import Exam, HeadCensus, InformationFlow
@@ -24,14 +23,6 @@ from eyechart.results.storage import same
 TINY = "tiny-random-llama"
 TEXT = "Some text to look at, and to look at again."
 HOSTILE = "</script><img src=x onerror=alert(1)>[red]markup[/red]"
-
-
-def run(*arguments, stdin=None):
-    """Invoke in this process; an exception that is no deliberate exit fails the test."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture

@@ -5,22 +5,13 @@ import re
 
 import pytest
 from collapses import made_up_study
-from typer.testing import CliRunner
+from invoking import run
 
 import eyechart
-from eyechart.cli import app
 from eyechart.results import CollapseStudy
 from eyechart.results.collapse_words import overview
 
 TINY = "tiny-random-llama"
-
-
-def run(*arguments, stdin=None):
-    """Invoke in this process; an exception that is no deliberate exit fails the test."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture

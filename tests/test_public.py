@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "kernels": {"models", "targets"},
     "probes": {"results", "models", "sequences", "kernels"},
     "precision": set(),
+    "attempts": set(),
     "lenses": {"results", "models", "kernels", "probes", "precision"},
     "texts": set(),
     "families": {"sequences", "texts"},
@@ -63,6 +64,7 @@ MAY_IMPORT = {
     },
     "residual": {"results", "models", "sequences", "probes"},
     "collapse": {
+        "attempts",
         "results",
         "models",
         "sequences",
@@ -75,6 +77,7 @@ MAY_IMPORT = {
         "prefixes",
     },
     "examine": {
+        "attempts",
         "results",
         "models",
         "sequences",

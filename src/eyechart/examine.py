@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from eyechart import sequences as sequencing
+from eyechart.attempts import Attempts
 from eyechart.attention import AttentionProbe, PatternProbe, warn_of_fallback, wins
 from eyechart.collapse import collapse_curve
 from eyechart.errors import EyechartError
@@ -25,8 +26,6 @@ from eyechart.results.files import ensure_writable
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-T = TypeVar("T")
 
 
 def exam(
@@ -67,15 +66,7 @@ def exam(
     # What cannot be examined is refused here, whole, rather than step by step.
     facts = facts_of(model)
     prepared = sequencing.prepare(model, inputs, prepend_bos=prepend_bos)
-    failures: dict[str, str] = {}
-
-    def attempt(part: str, run: Callable[[], T]) -> T | None:
-        on_step(part)
-        try:
-            return run()
-        except (EyechartError, RuntimeError, MemoryError) as problem:
-            failures[part] = str(problem) or type(problem).__name__
-            return None
+    attempt = Attempts(on_step)
 
     def look(*probes: Probe[Any]) -> tuple[Any, ...]:
         return capture(model, prepared, probes, batch_size=batch_size)
@@ -84,7 +75,7 @@ def exam(
     both = attempt("attention", lambda: look(heads, stream))
     if both is None:
         # One of the two may be what fails (patterns need far more memory): keep the other.
-        failures.clear()
+        attempt.failures.clear()
         both = (
             attempt("attention", lambda: look(heads)[0]),
             attempt("residual", lambda: look(stream)[0]),
@@ -118,7 +109,7 @@ def exam(
     # Parts of one pass share its provenance, which must count once.
     sources = {id(part.provenance): part.provenance for part in parts if part is not None}
     if not sources:
-        first = next(iter(failures.values()))
+        first = next(iter(attempt.failures.values()))
         raise EyechartError(f"every step of the exam failed; the first: {first}")
     result = Exam(
         sequences=prepared,
@@ -127,7 +118,7 @@ def exam(
         attention=attention,
         patterns=patterns,
         collapse=collapse,
-        failures=failures,
+        failures=attempt.failures,
         flow=flow,
     )
     if out is not None:

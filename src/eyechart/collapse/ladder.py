@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from eyechart.attempts import Attempts
 from eyechart.collapse.curve import DEFAULT_PROMPT, collapse_curve
-from eyechart.errors import EyechartError, UsageError
+from eyechart.errors import UsageError
 from eyechart.families import Family
 from eyechart.lenses import precision
 from eyechart.lenses.precision import PLACES
@@ -66,12 +68,16 @@ def precision_ladder(
             references=references,
         )
 
+    def rung(name: str, place: str) -> CollapseCurve:
+        with precision(model, name, at=place):
+            return measure([name], references=False)
+
     own = facts_of(model).dtype
     finer = {name for name, dtype in DTYPES.items() if torch.promote_types(dtype, own) == dtype}
     on_step("as it is")
     base = measure(names, references=True)
     rungs: dict[str, dict[str, CollapseCurve]] = {}
-    failures: dict[str, str] = {}
+    attempt = Attempts(on_step)
     for place in (place for place in places if place != "final"):
         for name in names:
             if place == "model" and name not in DTYPES:
@@ -79,13 +85,8 @@ def precision_ladder(
             if DTYPES.get(name) == own if place == "model" else name in finer:
                 rungs.setdefault(place, {})[name] = base  # which is what rounding would leave
                 continue
-            on_step(f"{name} at {place}")
-            try:
-                with precision(model, name, at=place):
-                    curve = measure([name], references=False)
-            except (EyechartError, RuntimeError, MemoryError) as problem:
-                failures[f"{name} at {place}"] = str(problem) or type(problem).__name__
-            else:
+            curve = attempt(f"{name} at {place}", partial(rung, name, place))
+            if curve is not None:
                 # One copy of the tokens for all.
                 rungs.setdefault(place, {})[name] = replace(curve, sequences=base.sequences)
     parts = [base.provenance]
@@ -99,5 +100,5 @@ def precision_ladder(
         replace(whole, notes=(*base.provenance.notes, said) if rungs else base.provenance.notes),
         base,
         rungs,
-        failures,
+        attempt.failures,
     )

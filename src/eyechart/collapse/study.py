@@ -1,8 +1,9 @@
 """``eyechart.collapse_study``: several families, the ladder of formats, and rank, in one result."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from eyechart.attempts import Attempts
 from eyechart.collapse.curve import DEFAULT_PROMPT, collapse_curve
 from eyechart.collapse.ladder import precision_ladder
 from eyechart.collapse.rank import rank_collapse
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 DEFAULT_FAMILIES = ("repeat", "digits", "separated", "separated:anchor=right", "text")
-
-T = TypeVar("T")
 
 
 def collapse_study(
@@ -58,15 +57,7 @@ def collapse_study(
     if not chosen or len(set(names)) < len(names):
         raise UsageError(f"families must be different ones, at least one; got {names}")
     facts_of(model)  # what cannot be examined is refused here, whole
-    failures: dict[str, str] = {}
-
-    def attempt(part: str, run: Callable[[], T]) -> T | None:
-        on_step(part)
-        try:
-            return run()
-        except (EyechartError, RuntimeError, MemoryError) as problem:
-            failures[part] = str(problem) or type(problem).__name__
-            return None
+    attempt = Attempts(on_step)
 
     curves = [
         attempt(
@@ -79,7 +70,9 @@ def collapse_study(
     ]
     kept = tuple(curve for curve in curves if curve is not None)
     if not kept:
-        raise EyechartError(f"every family failed; the first: {next(iter(failures.values()))}")
+        raise EyechartError(
+            f"every family failed; the first: {next(iter(attempt.failures.values()))}"
+        )
     rungs = ladder and attempt(
         "precision ladder",
         lambda: precision_ladder(
@@ -101,7 +94,7 @@ def collapse_study(
         kept,
         rungs or None,
         spread or None,
-        failures,
+        attempt.failures,
     )
 
 
