@@ -372,3 +372,13 @@ def test_frequencies_that_change_with_length_end_the_curve(tmp_path):
     with pytest.raises(InputError, match=r"at most 64 before its rotary frequencies.*most 56"):
         eyechart.collapse_curve(model, lengths=(1, 100), prompt=PROMPT)
     assert eyechart.collapse_curve(model, prompt=PROMPT).lengths[-1] == 50
+
+
+def test_a_model_in_training_mode_is_refused_and_nothing_is_remembered_of_it(tmp_path):
+    build_tiny("gpt2", {}, tmp_path)
+    model = eyechart.load(tmp_path, device="cpu")
+    model.train()
+    with pytest.raises(InputError, match="training mode"):
+        eyechart.collapse_curve(model, "digits", (1, 5), prompt=PROMPT)
+    model.eval()
+    assert eyechart.collapse_curve(model, "digits", (1, 5), prompt=PROMPT).forward_passes == 2

@@ -106,11 +106,8 @@ def collapse_curve(
     sides = len(prompts[0])
     ends = [whole.ends[at : at + sides] for at in range(0, len(flat), sides)]
     reason = why_not_branching(model, facts)
-    sizes = [len(rows[0]) for rows in prompts]
-    short = [index for index, size in enumerate(sizes) if size <= _FLOOR_TOKENS]
-    short = short or [sizes.index(min(sizes))]
-    floor = [short[index] for index in _spread(len(short))]
-    at = [sizes[index] - 1 for index in floor]
+    floor = _floors([len(rows[0]) for rows in prompts])
+    at = [len(prompts[index][0]) - 1 for index in floor]
     longest = max(flat, key=len)
     streams: Tensor | None = None
     notes = [*_notes(model, chosen_family, prompts, len(front)), *_emulated(in_formats, facts)]
@@ -226,12 +223,14 @@ def _largest(below: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _spread(count: int) -> list[int]:
-    """Indices of at most so many lengths, evenly over their logarithm, first and last included."""
-    if count <= _FLOORS:
-        return list(range(count))
-    steps = torch.logspace(0, math.log10(count), _FLOORS, dtype=torch.float64)
-    return sorted({min(count, round(float(step))) - 1 for step in steps})
+def _floors(sizes: Sequence[int]) -> list[int]:
+    """Which of the prompts the floor is measured on: evenly over the logarithm of their number."""
+    short = [index for index, size in enumerate(sizes) if size <= _FLOOR_TOKENS]
+    short = short or [sizes.index(min(sizes))]
+    if len(short) <= _FLOORS:
+        return short
+    steps = torch.logspace(0, math.log10(len(short)), _FLOORS, dtype=torch.float64)
+    return sorted({short[min(len(short), round(float(step))) - 1] for step in steps})
 
 
 def _pair_by_pair(

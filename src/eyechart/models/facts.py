@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eyechart.errors import NonFiniteError, UnsupportedModelError
+from eyechart.errors import InputError, NonFiniteError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -111,6 +111,19 @@ def check_structure(model: "TransformerBridge") -> None:
             f"{name} ({model.cfg.architecture}) has no attention to look at: none of its "
             f"{model.cfg.n_layers} blocks computes an attention pattern. eyechart examines "
             "models with softmax attention, hybrids included."
+        )
+
+
+def check_evaluating(model: "TransformerBridge") -> None:
+    """Refuse a model in training mode.
+
+    Raises:
+        InputError: dropout would make every number random.
+    """
+    if model.training:
+        raise InputError(
+            "the model is in training mode, where dropout makes every number random; "
+            "call model.eval() first."
         )
 
 

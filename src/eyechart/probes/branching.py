@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eyechart.errors import EyechartError
-from eyechart.models.facts import ModelFacts
+from eyechart.models.facts import ModelFacts, check_evaluating
 from eyechart.probes.forward import Pass
 from eyechart.probes.kept import Observations
 from eyechart.probes.plan import plan_of, without_hooks
@@ -34,7 +34,12 @@ _KNOWN: "weakref.WeakKeyDictionary[Any, tuple[ModelFacts, str]]" = weakref.WeakK
 
 
 def why_not_branching(model: "TransformerBridge", facts: ModelFacts) -> str:
-    """The reason why prompts must go through this model one by one; empty where they need not."""
+    """The reason why prompts must go through this model one by one; empty where they need not.
+
+    Raises:
+        InputError: the model is in training mode.
+    """
+    check_evaluating(model)
     plan = plan_of(model, facts)
     if plan.reasons:
         layer, reason = next(iter(sorted(plan.reasons.items())))

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eyechart import sequences as sequencing
-from eyechart.errors import InputError, UsageError
-from eyechart.models.facts import facts_of
+from eyechart.errors import UsageError
+from eyechart.models.facts import check_evaluating, facts_of
 from eyechart.probes.branching import why_not_branching
 from eyechart.probes.forward import Kept, Pass, Wanted
 from eyechart.probes.kept import Observations, joined
@@ -65,11 +65,7 @@ def capture(
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     facts = facts_of(model)
     prepared = sequencing.prepare(model, inputs, prepend_bos=prepend_bos)
-    if model.training:
-        raise InputError(
-            "the model is in training mode, where dropout makes every number random; "
-            "call model.eval() first."
-        )
+    check_evaluating(model)
     wanted = [(probe, tuple(dict.fromkeys(probe.sites(model)))) for probe in probes]
     sites = {site for _, seen in wanted for site in seen}
     fused: frozenset[int] = frozenset()
