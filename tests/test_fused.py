@@ -41,7 +41,7 @@ def error(ours: Any, theirs: Any, name: str) -> float:
 
 def forget(model: Any) -> None:
     """Let the next run rehearse again."""
-    plan._KNOWN.pop(model, None)
+    plan.PLANS.known.pop(model, None)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gpt_oss", "mistral", "deepseek_v3"])
@@ -223,14 +223,14 @@ def test_rehearsals_are_once_a_model_and_nothing_of_the_users(llama):
     llama.add_hook("hook_embed", lambda x, hook: fired.append(x.shape[1]))
     try:
         eyechart.attention_statistics(llama, IDS, backend="fused")
-        known = plan._KNOWN[llama]
+        known = plan.PLANS.known[llama]
         eyechart.attention_statistics(llama, IDS, backend="fused")
-        assert plan._KNOWN[llama] is known
+        assert plan.PLANS.known[llama] is known
         assert fired == [40, 40]
         with torch.no_grad():
             llama.original_model.get_input_embeddings().weight.mul_(1.0)
         eyechart.attention_statistics(llama, IDS, backend="fused")
-        assert plan._KNOWN[llama] is not known  # the weights may have changed
+        assert plan.PLANS.known[llama] is not known  # the weights may have changed
     finally:
         llama.reset_hooks()
 

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from eyechart.errors import InputError, UsageError
 from eyechart.sequences import check_vocabulary, fragment, single_token
@@ -301,10 +301,14 @@ FAMILIES: dict[str, Callable[..., Family]] = {
 """The families that need nothing but their defaults, by name."""
 
 
-def family_named(name: str) -> Family:
+def family_named(name: str, **defaults: str | float) -> Family:
     """A family by name, with options where the defaults will not do.
 
     ``"bernoulli:p=0.9,seed=1"`` is ``bernoulli(p=0.9, seed=1)``.
+
+    Args:
+        name: Name and options.
+        defaults: Options for families that have them and were given none of that name.
 
     Raises:
         UsageError: there is none of that name, or it has no such option; says which there are.
@@ -318,7 +322,7 @@ def family_named(name: str) -> Family:
         for option in inspect.signature(make).parameters.values()
         if isinstance(option.default, str | int | float)
     }
-    options = {}
+    options: dict[str, Any] = {key: defaults[key] for key in defaults if key in there}
     for option in filter(None, written.split(",")):
         key, equals, value = option.partition("=")
         if key not in there or not equals:

@@ -1,6 +1,5 @@
 """``eyechart collapse``: which sequences, in which formats, become one and the same to a model."""
 
-import inspect
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +90,7 @@ def collapse(
         from eyechart.precision import format_named
         from eyechart.results.files import ensure_writable
 
-        families = [family_named(_seeded(name, seed)) for name in family or DEFAULT_FAMILIES]
+        families = [family_named(name, seed=seed) for name in family or DEFAULT_FAMILIES]
         for name in named or ():
             format_named(name)
         ensure_writable(out)
@@ -136,15 +135,3 @@ def _lengths(written: str) -> list[int]:
     if min(found) < 1:
         raise UsageError(f"lengths are positive, such as 1,2,5,10 or 1-2048, got {written!r}")
     return sorted(found)
-
-
-def _seeded(name: str, seed: int) -> str:
-    """The family's name with the seed, if it is one that is drawn and none was given."""
-    from eyechart.families import FAMILIES
-
-    base, _, options = name.partition(":")
-    make = FAMILIES.get(base)
-    given = {option.partition("=")[0] for option in options.split(",")}
-    if make is None or "seed" in given or "seed" not in inspect.signature(make).parameters:
-        return name
-    return f"{base}:{','.join(filter(None, (options, f'seed={seed}')))}"

@@ -12,7 +12,7 @@ from eyechart.collapse.measures import distances, of_next_tokens
 from eyechart.kernels import AttentionCall, attend
 from eyechart.models import facts_of
 from eyechart.precision import Format, share_expected, share_identical
-from eyechart.probes import Look, Observations, StreamProbe, has_site
+from eyechart.probes import Look, Observations, StreamProbe, depth_labels, has_site
 from eyechart.probes.plan import fusable
 from eyechart.results import Provenance, Sequences
 from eyechart.results.collapse import DISTANCES
@@ -67,11 +67,11 @@ class EndsProbe(StreamProbe[Found]):
     ) -> None:
         sides = list(zip(*pairs, strict=True))
         self.places = [(torch.tensor(side)[:, 0], torch.tensor(side)[:, 1]) for side in sides]
-        self.formats, self.next_token = tuple(formats), next_token
+        self.formats, facts = tuple(formats), facts_of(model)
+        self.n_layers = facts.n_layers
         self.last = ("final_norm", None)
         if not has_site(model, "final_norm"):
-            self.last = ("resid_post", int(model.cfg.n_layers) - 1)
-        facts = facts_of(model)
+            self.last = ("resid_post", self.n_layers - 1)
         self.head_layer = facts.attention_layers[-1] if heads else None
         # Where attention is taken over, its output is at hand; a hook might undo the taking over.
         by_pattern = self.head_layer in fusable(model, facts, ())[1]
@@ -86,7 +86,7 @@ class EndsProbe(StreamProbe[Found]):
         more = ["attention"]
         if self.hooked:
             more.append("z")
-        if self.next_token:
+        if self.next_token_at is not None:
             more.append("next_token")
         return (*super().sites(model), *more)
 
@@ -120,15 +120,9 @@ class EndsProbe(StreamProbe[Found]):
         self, observations: Observations, sequences: Sequences, provenance: Provenance
     ) -> Found:
         """Layers stacked, the final norm's output last."""
-        found: dict[str, Tensor] = {}
-        labels: list[str] = []
-        for name in (*DISTANCES, "control") if len(self.places) > 2 else DISTANCES:
-            layers = self.by_depth(observations, name)[0]
-            labels = ["embedding", *(f"block {layer}" for layer in range(len(layers) - 1))]
-            final = self.after_final_norm(observations, name)
-            if final is not None:
-                layers, labels = torch.cat([layers, final]), [*labels, "final norm"]
-            found[name] = layers
+        names = (*DISTANCES, "control") if len(self.places) > 2 else DISTANCES
+        found = {name: self.at_every_depth(observations, name)[0] for name in names}
+        labels = depth_labels(self.n_layers, len(found["l1"]))
         elsewhere = (
             *((self.last[0], name) for name in ("identical", "expected", "steps")),
             *((site, HEADS + name) for site in ("attention", "z") for name in DISTANCES),
@@ -138,7 +132,7 @@ class EndsProbe(StreamProbe[Found]):
             for value in observations.layers(site, name).values():
                 found[name] = value[0]
         steps = found.pop("steps", torch.empty(0, 0))
-        return Found(found, tuple(labels), steps, provenance)
+        return Found(found, labels, steps, provenance)
 
     def _ends(self, activation: Tensor) -> list[Tensor]:
         return [
@@ -197,6 +191,4 @@ class StreamsProbe(StreamProbe[tuple[Tensor, Provenance]]):
         self, observations: Observations, sequences: Sequences, provenance: Provenance
     ) -> tuple[Float[Tensor, "layer token d_model"], Provenance]:
         """Layers stacked, the final norm's output last."""
-        layers = self.by_depth(observations, "chosen")[0]
-        final = self.after_final_norm(observations, "chosen")
-        return (layers if final is None else torch.cat([layers, final])), provenance
+        return self.at_every_depth(observations, "chosen")[0], provenance

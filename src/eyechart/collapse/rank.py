@@ -19,7 +19,15 @@ from torch import Tensor
 
 from eyechart.errors import NonFiniteError, UsageError
 from eyechart.models import facts_of
-from eyechart.probes import Look, Observations, StreamProbe, capture, has_site, hook_names
+from eyechart.probes import (
+    Look,
+    Observations,
+    StreamProbe,
+    capture,
+    depth_labels,
+    has_site,
+    hook_names,
+)
 from eyechart.results import Provenance, Sequences
 from eyechart.results.rank import MEASURES, RankCollapse
 from eyechart.sequences import Inputs, prepare
@@ -107,14 +115,11 @@ def rank_collapse(
         else:
             sources.append(source)
     measured = torch.stack(list(found.values()))
-    labels = ["embedding", *(f"block {layer}" for layer in range(facts.n_layers))]
-    if measured.shape[2] > len(labels):
-        labels.append("final norm")
     return RankCollapse(
         sequences=prepared,
         provenance=Provenance.together(sources, prepared.digest, None),
         variants=tuple(found),
-        layer_labels=tuple(labels),
+        layer_labels=depth_labels(facts.n_layers, measured.shape[2]),
         unavailable=unavailable,
         **{
             f"{measure}{suffix}": measured[..., part, index].contiguous()
@@ -137,9 +142,7 @@ class RankProbe(StreamProbe[tuple[Tensor, Provenance]]):
         self, observations: Observations, sequences: Sequences, provenance: Provenance
     ) -> tuple[Float[Tensor, "text layer part measure"], Provenance]:
         """Embedding first, then every block, then the final norm's output if there is one."""
-        found = self.by_depth(observations, "measures")
-        final = self.after_final_norm(observations, "measures")
-        return found if final is None else torch.cat([found, final[:, None]], dim=1), provenance
+        return self.at_every_depth(observations, "measures"), provenance
 
 
 class Wiring:

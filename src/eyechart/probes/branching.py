@@ -5,7 +5,6 @@ over. A convolution, a state that is handed on, or positions counted by the mode
 rehearsal on a few tokens, once a model; nothing depends on a list of architectures.
 """
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from eyechart.errors import EyechartError
 from eyechart.models.facts import ModelFacts, check_evaluating
 from eyechart.probes.forward import Pass
 from eyechart.probes.kept import Observations
-from eyechart.probes.plan import plan_of, without_hooks
+from eyechart.probes.plan import Rehearsals, plan_of
 from eyechart.probes.probe import Look, Probe
 from eyechart.results.base import Provenance
 from eyechart.results.sequences import Sequences
@@ -30,8 +29,6 @@ _PARENTS = (*range(-1, 15), 3, 16, 9, 18, 19, 17, 12)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 _HALF_TOLERANCE = 0.05
 
-_KNOWN: "weakref.WeakKeyDictionary[Any, tuple[ModelFacts, str]]" = weakref.WeakKeyDictionary()
-
 
 def why_not_branching(model: "TransformerBridge", facts: ModelFacts) -> str:
     """The reason why prompts must go through this model one by one; empty where they need not.
@@ -44,12 +41,7 @@ def why_not_branching(model: "TransformerBridge", facts: ModelFacts) -> str:
     if plan.reasons:
         layer, reason = next(iter(sorted(plan.reasons.items())))
         return f"layer {layer}: {reason}"
-    known = _KNOWN.get(model)
-    if known is None or known[0] is not facts:
-        with without_hooks(model):
-            known = (facts, _rehearse(model, facts))
-        _KNOWN[model] = known
-    return known[1]
+    return _REASONS.of(model, facts)
 
 
 def _rehearse(model: "TransformerBridge", facts: ModelFacts) -> str:
@@ -89,6 +81,9 @@ def _rehearse(model: "TransformerBridge", facts: ModelFacts) -> str:
                 "length): its positions are its own, or not only attention mixes tokens"
             )
     return ""
+
+
+_REASONS = Rehearsals(_rehearse)
 
 
 def _path(node: int) -> list[int]:

@@ -1,28 +1,21 @@
 """What is in force on a model that a reader of its results should know."""
 
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
+
+from eyechart.probes.in_force import InForce
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+_NOTES: InForce[str] = InForce()
 
-@contextmanager
-def noted(model: "TransformerBridge", note: str) -> Iterator[None]:
+
+def noted(model: "TransformerBridge", note: str) -> AbstractContextManager[None]:
     """Write ``note`` into the provenance of everything that is measured on a model meanwhile."""
-    notes = _NOTES.setdefault(model, [])
-    notes.append(note)
-    try:
-        yield
-    finally:
-        notes.remove(note)
+    return _NOTES.entered(model, note)
 
 
 def notes_of(model: "TransformerBridge") -> tuple[str, ...]:
     """The notes in force, in the order in which they were entered."""
-    return tuple(_NOTES.get(model, ()))
-
-
-_NOTES: "weakref.WeakKeyDictionary[TransformerBridge, list[str]]" = weakref.WeakKeyDictionary()
+    return _NOTES.on(model)

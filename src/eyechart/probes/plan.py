@@ -7,10 +7,10 @@ is kept. Nothing depends on a list of architectures.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from eyechart.results.sequences import Sequences
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+T = TypeVar("T")
 
 _LENGTH = 24
 _COMPARED = ("first", "diagonal", "previous", "largest", "received")
@@ -50,17 +52,35 @@ class Plan:
     silent: Mapping[int, frozenset[str]]
 
 
-_KNOWN: "weakref.WeakKeyDictionary[Any, tuple[ModelFacts, Plan]]" = weakref.WeakKeyDictionary()
+class Rehearsals(Generic[T]):
+    """What is found out about models by running them, anew only when their weights have changed.
+
+    Args:
+        find: Finds it out; the user's hooks are off meanwhile.
+
+    Attributes:
+        known: The facts of each model, and what was found out when they held.
+    """
+
+    def __init__(self, find: "Callable[[TransformerBridge, ModelFacts], T]") -> None:
+        self._find = find
+        self.known: weakref.WeakKeyDictionary[TransformerBridge, tuple[ModelFacts, T]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def of(self, model: "TransformerBridge", facts: ModelFacts) -> T:
+        """What is known of a model, found out if need be."""
+        known = self.known.get(model)
+        if known is None or known[0] is not facts:
+            with without_hooks(model):
+                known = (facts, self._find(model, facts))
+            self.known[model] = known
+        return known[1]
 
 
 def plan_of(model: "TransformerBridge", facts: ModelFacts) -> Plan:
     """The plan of a model; rehearsed anew only when its weights have changed."""
-    known = _KNOWN.get(model)
-    if known is None or known[0] is not facts:
-        with without_hooks(model):
-            known = (facts, _rehearse(model, facts))
-        _KNOWN[model] = known
-    return known[1]
+    return PLANS.of(model, facts)
 
 
 def fusable(
@@ -231,6 +251,9 @@ def without_hooks(model: "TransformerBridge") -> Iterator[None]:
     finally:
         for point, forward, before in stashed:
             point._forward_hooks, point._forward_pre_hooks = forward, before
+
+
+PLANS = Rehearsals(_rehearse)
 
 
 def _first_line(problem: Exception) -> str:

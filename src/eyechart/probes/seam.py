@@ -12,7 +12,7 @@ import copy
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from eyechart.errors import EyechartError
 from eyechart.kernels import AttentionCall
+from eyechart.probes.in_force import InForce
 from eyechart.probes.masks import IrregularMaskError, Visible, starts_of, visible
 
 if TYPE_CHECKING:
@@ -111,23 +112,17 @@ def _take_over(
         undo.callback(_RUNNING.__setitem__, module, before)
 
 
-@contextmanager
-def edited(model: "TransformerBridge", edit: Edit) -> Iterator[None]:
+def edited(model: "TransformerBridge", edit: Edit) -> AbstractContextManager[None]:
     """Change every call of a model's attention before it is computed, in all eyechart's passes."""
-    edits = _EDITS.setdefault(model, [])
-    edits.append(edit)
-    try:
-        yield
-    finally:
-        edits.remove(edit)
+    return _EDITS.entered(model, edit)
 
 
 def edits_of(model: "TransformerBridge") -> tuple[Edit, ...]:
     """The edits in force, in the order in which they were entered."""
-    return tuple(_EDITS.get(model, ()))
+    return _EDITS.on(model)
 
 
-_EDITS: "weakref.WeakKeyDictionary[TransformerBridge, list[Edit]]" = weakref.WeakKeyDictionary()
+_EDITS: InForce[Edit] = InForce()
 _RUNNING: "weakref.WeakKeyDictionary[nn.Module, tuple[int, Handler]]" = weakref.WeakKeyDictionary()
 
 

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+def depth_labels(n_layers: int, entries: int) -> tuple[str, ...]:
+    """Names of the entries of :meth:`StreamProbe.at_every_depth`."""
+    labels = ("embedding", *(f"block {layer}" for layer in range(n_layers)))
+    return (*labels, "final norm") if entries > len(labels) else labels
+
+
 class StreamProbe(Probe[R]):
     """Sees the stream once at every depth, in float32 at least.
 
@@ -45,6 +51,12 @@ class StreamProbe(Probe[R]):
         """One quantity ``[batch layer ...]``, the embedding first."""
         embedding = observations.one("resid_pre", name)
         return torch.cat([embedding[:, None], observations.stack("resid_post", name)], dim=1)
+
+    @classmethod
+    def at_every_depth(cls, observations: Observations, name: str) -> Tensor:
+        """One quantity ``[batch layer ...]``, the final norm's output last if there is one."""
+        layers, final = cls.by_depth(observations, name), cls.after_final_norm(observations, name)
+        return layers if final is None else torch.cat([layers, final[:, None]], dim=1)
 
     @staticmethod
     def after_final_norm(observations: Observations, name: str) -> Tensor | None:

@@ -209,8 +209,11 @@ class CollapseCurve(Result):
         Raises:
             UsageError: the format was not measured.
         """
+        return self._reached(format, self.fit(start=start))
+
+    def _reached(self, format: str, law: PowerLaw | None) -> float | None:
+        """Where a law brings the steps of a format down to half a coordinate."""
         self._in_format(self.identical, format)
-        law = self.fit(start=start)
         if self.steps is None or law is None or law.slope >= 0:
             return None
         steps = self.steps[self.formats.index(format)].double()
@@ -243,6 +246,7 @@ class CollapseCurve(Result):
 
         if self.identical is None or self.expected is None:
             return pd.DataFrame()
+        law = self.fit()
         return pd.DataFrame(
             {
                 "format": name,
@@ -250,7 +254,7 @@ class CollapseCurve(Result):
                 "identical_last": float(self.identical[index, -1]),
                 "expected_last": float(self.expected[index, -1]),
                 "horizon": self.horizon(name),
-                "predicted_horizon": self.predicted_horizon(name),
+                "predicted_horizon": self._reached(name, law),
             }
             for index, name in enumerate(self.formats)
         )
